@@ -1,0 +1,3 @@
+"""qlora-serve: train, serve and merge LoRA adapters."""
+
+__version__ = "0.1.0"

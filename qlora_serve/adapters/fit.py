@@ -1,0 +1,118 @@
+"""Does an adapter fit a base? PEFT itself is asked, on a model without weights."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_serve.adapters.files import AdapterFiles
+from qlora_serve.adapters.peft_config import parse_config
+from qlora_serve.base.skeleton import build_skeleton
+from qlora_serve.base.source import BaseSource
+from qlora_serve.errors import AdapterError
+
+_PREFIX = "base_model.model."
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class ModuleFit:
+    """What PEFT makes of one target module."""
+
+    rank: int
+    scaling: float
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
+
+
+@dataclass(frozen=True)
+class ExpectedAdapter:
+    """What PEFT would save for a config on a base."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Every tensor's name and shape."""
+    modules: dict[str, ModuleFit]
+    """Every target module's path in the base model."""
+
+
+class FitChecker:
+    """Checks adapters against one base; remembers what PEFT answered for each config."""
+
+    def __init__(self, source: BaseSource) -> None:
+        self.source = source
+        self._answers: dict[str, ExpectedAdapter] = {}
+
+    def expected(self, adapter: AdapterFiles) -> ExpectedAdapter:
+        """What PEFT would save for this adapter's config on this base.
+
+        Raises:
+            AdapterError: the config cannot be used, or matches no module of the base.
+        """
+        key = json.dumps(dict(adapter.config), sort_keys=True, default=str)
+        if key not in self._answers:
+            self._answers[key] = _ask_peft(self.source, adapter)
+        return self._answers[key]
+
+    def check(self, adapter: AdapterFiles) -> ExpectedAdapter:
+        """Checks that every expected tensor is there, in its shape, and no other.
+
+        Raises:
+            AdapterError: with up to three tensors of each kind that do not fit.
+        """
+        expected = self.expected(adapter)
+        found = {name: info.shape for name, info in adapter.tensors.items()}
+        # PEFT saves a copy of the base's own embedding beside an embedding LoRA; it adds nothing.
+        expected_names = {name for name in expected.shapes if ".base_layer." not in name}
+        missing = sorted(expected_names - found.keys())
+        extra = sorted(found.keys() - expected.shapes.keys())
+        wrong = sorted(n for n in expected_names & found.keys() if found[n] != expected.shapes[n])
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+        if extra:
+            problems.append(f"{len(extra)} tensors match nothing in this base ({_some(extra)})")
+        if wrong:
+            shapes = (f"{n} is {_x(found[n])}, expected {_x(expected.shapes[n])}" for n in wrong)
+            problems.append(f"{len(wrong)} tensors have another shape ({_some(shapes)})")
+        if problems:
+            trained_on = f", trained on {adapter.base_name!r}," if adapter.base_name else ""
+            raise AdapterError(
+                f"adapter {adapter.path}{trained_on} does not fit the base "
+                f"{self.source.display_name!r}: {'; '.join(problems)}"
+            )
+        return expected
+
+
+def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:
+    from peft import get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    config = parse_config(adapter.config)
+    config.inference_mode = True
+    skeleton = build_skeleton(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them
+            model: Any = get_peft_model(skeleton, config)
+            state = get_peft_model_state_dict(model)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(
+            f"adapter {adapter.path} cannot be put on the base {source.display_name!r}: {reason}"
+        ) from None
+    modules = {
+        name.removeprefix(_PREFIX): ModuleFit(layer.r["default"], float(layer.scaling["default"]))
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and "default" in layer.r
+    }
+    return ExpectedAdapter({name: tuple(t.shape) for name, t in state.items()}, modules)
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    tail = ", ..." if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + tail
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,161 @@
+"""Loading a base model: the only place that calls `from_pretrained` for weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from qlora_serve.base.identity import fingerprint, weight_files
+from qlora_serve.base.source import BaseSource, locate_base
+from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
+from qlora_serve.errors import BaseModelError
+
+Quantization = Literal["none", "nf4", "int8"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model in memory, with its tokenizer."""
+
+    source: BaseSource
+    model: Any
+    """The transformers model, in evaluation mode."""
+    tokenizer: Any
+    quantization: str
+    """How the weights in memory are quantized: `none`, `nf4`, `int8` or `gptq`."""
+    dtype: str
+    """What is computed in, such as `float32`."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `identity.fingerprint`: of the files, whatever they are quantized to in memory."""
+        return fingerprint(self.source)
+
+    @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """See `tokenizer.stop_token_ids`."""
+        return stop_token_ids(self.tokenizer, self.model.generation_config, self.model.config)
+
+    @property
+    def device(self) -> Any:
+        """The torch device that inputs go to."""
+        return self.model.get_input_embeddings().weight.device
+
+
+def load_base(
+    name: str,
+    quantization: Quantization = "none",
+    dtype: DType = "auto",
+    device: str = "auto",
+    double_quantization: bool = True,
+) -> LoadedBase:
+    """Loads a base model with its tokenizer.
+
+    Args:
+        name: a directory, a prepared name or a hub id.
+        quantization: quantize while loading. A base whose files are already quantized needs none
+            and keeps its own.
+        dtype: what to compute in; `auto` is float32 on a CPU, else bfloat16 where the GPU has it
+            and float16 where not.
+        device: `auto` (the first GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+        double_quantization: NF4 only, quantize the block scales too (QLoRA, arXiv:2305.14314).
+
+    Raises:
+        BaseModelError: the base does not exist, is broken, or contradicts `quantization`.
+    """
+    source = locate_base(name)
+    weight_files(source)
+    stored = source.quantization
+    if stored != "none" and quantization not in ("none", stored):
+        raise BaseModelError(
+            f"{name} is already quantized ({stored}); it cannot be loaded as {quantization}: "
+            "leave --quantization out, or name the unquantized base"
+        )
+    in_memory = stored if stored != "none" else quantization
+    tokenizer = load_tokenizer(source)
+    torch_device = _device(device)
+    torch_dtype = _torch_dtype(dtype, torch_device)
+    settings = _quantization_settings(quantization, stored, torch_dtype, double_quantization)
+    model = _load_model(source, torch_dtype, torch_device, settings)
+    model.eval()
+    return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides transformers' own progress bars, which would break into ours."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def _load_model(source: BaseSource, torch_dtype: Any, device: Any, settings: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    extra = {"quantization_config": settings} if settings is not None else {}
+    try:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype=torch_dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                **extra,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BaseModelError(f"cannot load {source.path}: {reason}") from error
+
+
+def _device(device: str) -> Any:
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError(f"--device {device}: this torch sees no GPU; use cpu or auto")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise BaseModelError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+
+
+def _torch_dtype(dtype: DType, device: Any) -> Any:
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _quantization_settings(
+    quantization: Quantization, stored: str, torch_dtype: Any, double_quantization: bool
+) -> Any:
+    if quantization == "none" or stored != "none":
+        return None
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise BaseModelError(
+            f"--quantization {quantization} needs bitsandbytes: pip install 'qlora-serve[quant]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=torch_dtype,
+    )

@@ -1,0 +1,29 @@
+"""A base model's modules and shapes, without its weights."""
+
+from typing import Any
+
+from qlora_serve.base.source import BaseSource
+from qlora_serve.errors import BaseModelError
+
+
+def build_skeleton(source: BaseSource) -> Any:
+    """The transformers model of a base on the meta device: every module and shape, no memory.
+
+    A quantized base gives the shapes of its unquantized form, which is what adapters fit onto.
+
+    Raises:
+        BaseModelError: transformers does not know the architecture.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BaseModelError(f"cannot build the model of {source.path}: {reason}") from None
+    return model

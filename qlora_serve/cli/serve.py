@@ -1,0 +1,27 @@
+"""`qlora-serve serve`."""
+
+import typer
+
+from qlora_serve.cli.options import flags_from
+from qlora_serve.serve.config import ServeSettings
+
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+
+_LIMITS = "Limits"
+_PANELS = dict.fromkeys(("max_model_len", "max_sequences", "max_step_tokens", "kv_memory"), _LIMITS)
+
+
+@app.command()
+@flags_from(ServeSettings, positional=["base"], panels=_PANELS)
+def serve(settings: ServeSettings) -> None:
+    """Serve one base model with many adapters on an OpenAI-style endpoint.
+
+    Examples:
+
+        qlora-serve serve smollm2 --adapter tagging=adapters/tagging
+
+        qlora-serve serve models/qwen --adapters-dir adapters --quantization nf4 --port 9000
+    """
+    from qlora_serve.serve.run import serve as run
+
+    run(settings)

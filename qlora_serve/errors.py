@@ -1,0 +1,66 @@
+"""The errors that a user can cause or meet.
+
+Every message is one line that says what was given, what was expected and what to do. They are
+raised inside the rooms and translated in one place each: to exit codes in `cli.main`, to HTTP in
+`serve.api.errors`.
+"""
+
+from collections.abc import Iterable
+
+
+class QloraServeError(Exception):
+    """Anything that is the user's to mend; its message is one line."""
+
+
+class ConfigError(QloraServeError):
+    """A setting, a flag or a YAML key that cannot be used."""
+
+
+class UsageError(ConfigError):
+    """A required flag or argument that is missing."""
+
+
+class DataError(QloraServeError):
+    """A data file or one of its rows that cannot be used."""
+
+
+class BaseModelError(QloraServeError):
+    """A base model that does not exist, cannot be loaded, or is of the wrong kind."""
+
+
+class AdapterError(QloraServeError):
+    """An adapter that cannot be applied exactly."""
+
+
+class UnknownAdapterError(AdapterError):
+    """A name that points to no adapter."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = sorted(known)
+        listed = ", ".join(self.known) if self.known else "none"
+        super().__init__(f"no adapter or model is called {name!r}; known here: {listed}")
+
+
+class TrainError(QloraServeError):
+    """A training run that cannot go on, or whose result did not pass its checks."""
+
+
+class MergeError(QloraServeError):
+    """A merge that cannot be made, or that did not pass its proof."""
+
+
+class OutputError(QloraServeError):
+    """An output that cannot be written, or that would overwrite something."""
+
+
+class RequestError(QloraServeError):
+    """A request that the engine cannot accept; `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class EngineStoppedError(QloraServeError):
+    """The engine no longer takes requests."""

@@ -1,0 +1,1 @@
+"""The HTTP surface. Door: `app.create_app`."""

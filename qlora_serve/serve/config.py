@@ -1,0 +1,63 @@
+"""The settings of a server."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from qlora_serve.settings import Settings, parse_bytes
+
+
+class ServeSettings(Settings):
+    """What to serve, where, and within which limits."""
+
+    base: str
+    """The base model: a directory, a prepared name such as smollm2, or a hub id."""
+    adapter: dict[str, Path] = Field(
+        default_factory=dict, json_schema_extra={"metavar": "NAME=DIR"}
+    )
+    """An adapter and its name; may be given again. In YAML a mapping of names to directories."""
+    adapters_dir: Path | None = None
+    """A folder whose sub-directories are adapters, named after themselves."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Quantize the base while loading. A base that is stored quantized needs no flag."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What to compute in; auto is float32 on a CPU, bfloat16 or float16 on a GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    host: str = "127.0.0.1"
+    """The address to listen on."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and answer together; what the base was trained for when left out."""
+    max_sequences: int = Field(default=32, ge=1)
+    """Requests that run in one batch; more wait."""
+    max_step_tokens: int = Field(default=1024, ge=1)
+    """Tokens that one step may compute; longer prompts are computed in chunks."""
+    kv_memory: str = "auto"
+    """Memory for keys and values, such as 2GB; auto takes a quarter of what is free."""
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        pairs: dict[str, str] = {}
+        for item in [value] if isinstance(value, str) else value:
+            name, equals, path = str(item).partition("=")
+            if not (name and equals and path):
+                raise ValueError(
+                    f"expected NAME=DIR, such as tagging=adapters/tagging, not {item!r}"
+                )
+            if name in pairs:
+                raise ValueError(f"the adapter name {name!r} is given twice")
+            pairs[name] = path
+        return pairs
+
+    @field_validator("kv_memory")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return value

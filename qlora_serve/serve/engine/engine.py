@@ -1,0 +1,194 @@
+"""The engine: submit a request, receive its events, exactly one of them its ending."""
+
+import logging
+import queue
+import threading
+from typing import Any
+
+from qlora_serve.errors import EngineStoppedError, RequestError
+from qlora_serve.serve.engine.request import (
+    Deliver,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Sequence,
+)
+from qlora_serve.serve.engine.runner import Runner
+from qlora_serve.serve.engine.scheduler import Chunk, Limits, Scheduler
+from qlora_serve.serve.engine.text import TextAssembler
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests in one thread of its own.
+
+    `submit` and `abort` may be called from any thread; events are delivered on the engine's. For
+    every request that `submit` accepts, `deliver` is called with any number of `Delta`s and then
+    exactly once with `Finished` or `Failed`, after which it is never called again.
+    """
+
+    def __init__(self, runner: Runner, limits: Limits) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self._stop_ids = runner.base.stop_token_ids
+        self._inbox: queue.SimpleQueue[Sequence | str | None] = queue.SimpleQueue()
+        self._live: dict[str, Sequence] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._door = threading.Lock()
+        self._open = True
+        self.failure: BaseException | None = None
+        """What ended the engine's thread, if something did."""
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; whatever still runs fails with an error. Returns when it is done."""
+        with self._door:
+            self._open = False
+            self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are being worked on."""
+        return self._open and self._thread.is_alive()
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Accepts a request, whose events go to `deliver`.
+
+        Raises:
+            RequestError: it can never run (too long, empty, or its id is in use).
+            EngineStoppedError: the engine takes no more requests.
+        """
+        reason = self.limits.refusal(len(request.prompt), request.sampling.max_tokens)
+        if reason is not None:
+            raise RequestError(reason, param="messages")
+        sequence = Sequence(request, deliver)
+        with self._door:
+            if not self._open:
+                raise EngineStoppedError("the server is shutting down")
+            if request.request_id in self._live:
+                raise RequestError(f"request id {request.request_id!r} is in use")
+            self._live[request.request_id] = sequence
+            self._inbox.put(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request early, with `Finished("abort")`; nothing happens if it has ended."""
+        self._inbox.put(request_id)
+
+    def step(self) -> bool:
+        """Schedule, run, record; returns whether there was anything to do."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return False
+        try:
+            tokens = self.runner.run(chunks)
+        except Exception as error:  # a fault in one step must not reach the other requests
+            self._fail_step(chunks, error)
+        else:
+            self._record(chunks, tokens)
+        return True
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self.step()
+        except BaseException as error:
+            log.exception("the engine ended")
+            self.failure = error
+        finally:
+            self._close()
+
+    def _take_inbox(self) -> bool:
+        """Handles what came in; sleeps while there is nothing to do. False ends the thread."""
+        is_idle = not (self.scheduler.running or self.scheduler.waiting)
+        while is_idle or not self._inbox.empty():
+            item = self._inbox.get()
+            if item is None:
+                return False
+            self._handle(item)
+            is_idle = False
+        return True
+
+    def _handle(self, item: Sequence | str) -> None:
+        if isinstance(item, str):
+            aborted = self._live.get(item)
+            if aborted is not None:
+                self._finish(aborted, "abort")
+            return
+        item.text = TextAssembler(self.runner.base.tokenizer, item.request.sampling.stop)
+        self.scheduler.add(item)
+
+    def _record(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int | None]]) -> None:
+        for chunk in chunks:
+            chunk.sequence.computed += chunk.count
+        for sequence, token in tokens:
+            if token is None:
+                message = "the model's output was not finite (NaN); the adapter may have diverged"
+                self._end(sequence, Failed(message, sequence.usage))
+                continue
+            try:
+                self._advance(sequence, token)
+            except Exception as error:
+                log.exception("request %s failed", sequence.request.request_id)
+                self._end(sequence, Failed(f"internal error: {error}", sequence.usage))
+
+    def _advance(self, sequence: Sequence, token: int) -> None:
+        """Appends one token to a sequence and ends it when it is complete."""
+        sampling = sequence.request.sampling
+        sequence.generated.append(token)
+        if token in self._stop_ids and not sampling.ignore_eos:
+            self._finish(sequence, "stop")
+            return
+        text = sequence.text.push(token)
+        if text:
+            sequence.deliver(Delta(text, (token,)))
+        if sequence.text.stopped:
+            self._finish(sequence, "stop")
+        elif len(sequence.generated) >= sampling.max_tokens:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        rest = sequence.text.finish() if sequence.text is not None and reason != "abort" else ""
+        if rest:
+            sequence.deliver(Delta(rest, ()))
+        if sequence.text is not None and sequence.text.stopped and reason == "length":
+            reason = "stop"  # the held-back text completed a stop text
+        self._end(sequence, Finished(reason, sequence.usage))
+
+    def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
+        log.error("a step failed", exc_info=error)
+        for chunk in chunks:
+            self._end(chunk.sequence, Failed(f"internal error: {error}", chunk.sequence.usage))
+
+    def _end(self, sequence: Sequence, ending: Event) -> None:
+        if sequence.ended:
+            return
+        sequence.ended = True
+        self.scheduler.remove(sequence)
+        self.runner.release(sequence)
+        self._live.pop(sequence.request.request_id, None)
+        try:
+            sequence.deliver(ending)
+        except Exception:
+            log.exception("the ending of %s was not taken", sequence.request.request_id)
+
+    def _close(self) -> None:
+        """Takes no more requests, and fails those that are left."""
+        with self._door:
+            self._open = False
+        while not self._inbox.empty():
+            item: Any = self._inbox.get()
+            if isinstance(item, Sequence):
+                self.scheduler.add(item)
+        reason = "the engine broke down" if self.failure else "the server is shutting down"
+        for sequence in self.scheduler.sequences():
+            self._end(sequence, Failed(reason, sequence.usage))

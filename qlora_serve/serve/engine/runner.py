@@ -1,0 +1,97 @@
+"""The only place where a step becomes tensors: chunks in, one sampled token a chunk out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_serve.base.load import LoadedBase
+from qlora_serve.base.skeleton import build_skeleton
+from qlora_serve.serve.engine.attention import SequenceCache, Span, StepContext, attach
+from qlora_serve.serve.engine.lora import AdapterLayers, linear_names, rows_by_adapter
+from qlora_serve.serve.engine.request import Sequence
+from qlora_serve.serve.engine.sampler import make_generator, sample
+from qlora_serve.serve.engine.scheduler import Chunk
+
+
+@dataclass
+class SequenceState:
+    """What a running sequence owns on the device."""
+
+    cache: SequenceCache
+    generator: torch.Generator | None
+
+
+class Runner:
+    """Runs the transformers model's own forward over a mixed batch."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        self.base = base
+        self._context = StepContext()
+        names = linear_names(build_skeleton(base.source))
+        self.layers = AdapterLayers(base.model, names, self._context)
+        attach(base.model, self._context)
+        self._dtype = getattr(torch, base.dtype)
+
+    def resident(self, name: str, weights: Any) -> Any:
+        """See `AdapterLayers.make_resident`."""
+        return self.layers.make_resident(name, weights, self._dtype, self.base.device)
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, int | None]]:
+        """Computes the chunks; returns the next token of each sequence that reached its end.
+
+        A token of None means that the row's logits were not finite.
+        """
+        ordered = sorted(chunks, key=_adapter_order)  # an adapter's rows lie side by side
+        logits = self.forward(ordered)
+        sampling = [chunk for chunk in ordered if chunk.samples]
+        if not sampling:
+            return []
+        rows = [(c.sequence.request.sampling, _state(c.sequence).generator) for c in sampling]
+        tokens = sample(logits, rows)
+        return [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+
+    @torch.inference_mode()
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Logits [sampling chunks, vocabulary] at the last token of each chunk that samples."""
+        context, device = self._context, self.base.device
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for chunk in chunks:
+            first = len(ids)
+            ids += chunk.sequence.tokens(chunk.start, chunk.count)
+            positions += range(chunk.start, chunk.start + chunk.count)
+            spans.append(Span(first, len(ids), chunk.start, _state(chunk.sequence).cache))
+        ends = [s.last - 1 for s, c in zip(spans, chunks, strict=True) if c.samples]
+        context.spans = spans
+        context.adapter_rows = rows_by_adapter(
+            [(c.count, c.sequence.request.adapter) for c in chunks]
+        )
+        context.output_rows = rows_by_adapter(
+            [(1, c.sequence.request.adapter) for c in chunks if c.samples]
+        )
+        output = self.base.model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+        )
+        return output.logits[0]
+
+    def release(self, sequence: Sequence) -> None:
+        """Drops what a sequence owned."""
+        sequence.state = None
+
+
+def _adapter_order(chunk: Chunk) -> tuple[int, int]:
+    adapter = chunk.sequence.request.adapter
+    return (0, 0) if adapter is None else (1, id(adapter))
+
+
+def _state(sequence: Sequence) -> SequenceState:
+    if sequence.state is None:
+        sequence.state = SequenceState(SequenceCache(), make_generator(sequence.request.sampling))
+    return sequence.state
