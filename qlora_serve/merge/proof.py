@@ -88,6 +88,26 @@ def choose_probes(adapter: AdapterFiles, tokenizer: Any, vocabulary: int) -> Pro
     return Probes([ids[-_MAX_PROMPT_TOKENS:] for ids in recorded], "the adapter's own data")
 
 
+def follow(model: Any, probes: Probes, others: list[list[int]], on_prompt: OnPrompt) -> Answers:
+    """As `ask`, without generating: would this model give the `others`' greedy answers?
+
+    One forward pass over prompt and answer gives the most likely token at each place of it. They
+    are that answer exactly when greedy decoding would write it. NF4 on a CPU unpacks every weight
+    at every pass, so sixteen passes fewer are minutes.
+    """
+    logits, greedy = [], []
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        pairs = zip(probes.token_ids, others, strict=True)
+        for done, (ids, answer) in enumerate(pairs, start=1):
+            tokens = torch.tensor([ids + answer], device=device)  # [1, prompt + answer]
+            output = model(input_ids=tokens, use_cache=False).logits[0]
+            logits.append(output[: len(ids)][-_KEPT_POSITIONS:].float().cpu())
+            greedy.append(output[len(ids) - 1 : -1].argmax(-1).tolist())
+            on_prompt(done)
+    return Answers(logits, greedy)
+
+
 def ask(model: Any, probes: Probes, stop_token_ids: Sequence[int], on_prompt: OnPrompt) -> Answers:
     """Runs every probe through a model, one by one: no padding, so nothing to mask."""
     logits, greedy = [], []

@@ -18,7 +18,16 @@ from qlora_serve.files import published_directory, require_free_output
 from qlora_serve.merge.bake import attach_adapter, bake, count_layers
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.export import cast_weights, require_space, write_model
-from qlora_serve.merge.proof import Answers, Comparison, Probes, ask, choose_probes, compare, judge
+from qlora_serve.merge.proof import (
+    Answers,
+    Comparison,
+    Probes,
+    ask,
+    choose_probes,
+    compare,
+    follow,
+    judge,
+)
 from qlora_serve.merge.report import MergeReport, write_report
 from qlora_serve.merge.sources import MergeBase, choose_base, stored_dtype
 from qlora_serve.progress import progress
@@ -181,7 +190,8 @@ def _cost_of_merging(job: _Job, merged: _Merged, got: Answers) -> tuple[Comparis
                 str(job.base.source.path), kind, "float32", job.settings.device, double
             )
         model = attach_adapter(base.model, job.adapter)
-        quantized = _ask(f"asking the {kind} base", model, merged.probes, merged.stop_token_ids)
+        with progress(f"asking the {kind} base", total=len(got.greedy)) as bar:
+            quantized = follow(model, merged.probes, got.greedy, bar.update)
     except (QloraServeError, RuntimeError, ValueError) as error:
         # The merge itself is proven by now; a device without int8 kernels must not undo it.
         return None, f"could not be measured: {' '.join(str(error).split())[:200]}"

@@ -3,7 +3,8 @@
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from qlora_serve.errors import TrainError
+from qlora_serve.errors import OutputError, TrainError
 from qlora_serve.files import published_directory
 from qlora_serve.progress import progress
 from qlora_serve.train.config import TrainSettings
@@ -180,12 +181,27 @@ class LoraTrainer(Trainer):
         target = self._checkpoint_path
         with published_directory(target) as staging:
             self.save_model(str(staging))
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
+            with _torch_write_errors(target):
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))
         for old in find_checkpoints(target.parent)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old)
+
+
+@contextmanager
+def _torch_write_errors(target: Path) -> Iterator[None]:
+    """Recognizes a failed `torch.save`, which loses the system's reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OutputError(
+            f"cannot write {target}: the optimizer's state could not be written whole; the disk "
+            "may be full"
+        ) from error
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_dead_adapter_is_seen(adapter, fit, edit_tensors):
 
 def test_start_that_changes_the_base_is_refused(adapter, fit, edit_config):
     edit_config(adapter, init_lora_weights="pissa")
-    with pytest.raises(AdapterError, match="changes the base|cannot be put"):
+    with pytest.raises(AdapterError, match=r"changes the base|cannot be put"):
         load_weights(read_adapter(adapter), fit)
 
 

@@ -11,9 +11,13 @@ from qlora_serve.files import published_directory
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
 def test_exception_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), published_directory(tmp_path / "out") as folder:
-        (folder / "half").write_text("x")
-        raise error
+    def fail_half_way():
+        with published_directory(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
 
 

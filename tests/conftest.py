@@ -1,0 +1,9 @@
+"""Settings for all tests."""
+
+import os
+
+# Tiny models gain nothing from a second thread and lose much to waiting for it. Set before torch
+# is imported, and inherited by the processes that tests start; the end-to-end tests undo it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
