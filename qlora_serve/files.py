@@ -93,5 +93,7 @@ def _flush(path: Path) -> None:
 def _flush_tree(root: Path) -> None:
     for folder, _, files in os.walk(root):
         for name in files:
+            # safetensors makes its files private too, and a server may run as another user.
+            (Path(folder) / name).chmod(0o644)
             _flush(Path(folder) / name)
         _flush(Path(folder))

@@ -96,9 +96,11 @@ def main() -> None:
         _fail(str(error), EXIT_BAD_USAGE)
     except QloraServeError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as leaving:
+        # Typer turns Ctrl-C into this exit code itself, and says nothing.
+        if leaving.code == EXIT_INTERRUPTED:
+            print("stopped", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -44,9 +44,11 @@ def test_empty_directory_and_missing_parents_are_fine(tmp_path):
     for target in (tmp_path / "empty", tmp_path / "a" / "b"):
         with published_directory(target) as folder:
             (folder / "file").write_text("x")
+            (folder / "file").chmod(0o600)
             assert not target.is_dir() or not any(target.iterdir())
         assert [path.name for path in target.iterdir()] == ["file"]
         assert target.stat().st_mode & 0o777 == 0o755
+        assert (target / "file").stat().st_mode & 0o777 == 0o644
 
 
 def test_of_two_writers_one_wins(tmp_path):
