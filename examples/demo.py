@@ -1,12 +1,15 @@
 """The whole life of two adapters: train, serve beside their base, compare, merge.
 
     make demo
+    .venv/bin/python examples/demo.py --questions 50
 
 Every step is a command that can be typed by hand; it is printed before it runs. What an earlier
 run left in demo/ is used again.
 """
 
+import argparse
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,13 +28,15 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "demo"
-QUESTIONS = 20  # held-out rows a task; all 50 are asked by tests/end_to_end
+QUESTIONS = 20  # held-out rows a task, of 50; `--questions 50` asks them all
 SHOWN = 2  # rows a task in the table of answers
 CONCURRENT = 12
 MAX_TOKENS = 48
+LONGEST_SHOWN = 110  # characters of a text in the table of answers
 LISTENING = re.compile(r"listening on (http://\S+/v1)")
 
-console = Console()
+# Where the width is not known (a log), the side-by-side table needs more than 80 columns.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ TASKS = (
 MERGED_TASK = TASKS[0]
 
 
-def main() -> None:
-    """Runs the steps."""
+def main(questions: int) -> None:
+    """Runs the steps, asking `questions` held-out questions a task."""
     start = time.monotonic()
     step("1. the base: SmolLM2-135M-Instruct, unpacked once")
     qlora_serve("base", "prepare", "smollm2")
@@ -75,10 +80,12 @@ def main() -> None:
         if adapter.exists():
             console.print(f"using {relative(adapter)} from an earlier run")
             continue
+        # What a demo that was stopped half way has left; a run does not train over checkpoints.
+        shutil.rmtree(adapter.with_name(f"{task.name}.checkpoints"), ignore_errors=True)
         qlora_serve("train", "--config", relative(task.recipe), "--output", relative(adapter))
     step("3. base and both adapters from one process, mixed in one batch")
     with server("smollm2", "--adapters-dir", relative(OUTPUT / "adapters")) as url:
-        answers = ask_everyone(url, ["base", *(task.name for task in TASKS)])
+        answers = ask_everyone(url, ["base", *(task.name for task in TASKS)], questions)
     show_answers(answers)
     show_scores(answers)
     step(f"4. {MERGED_TASK.name} baked into full weights, and proven")
@@ -150,13 +157,13 @@ def ask(client: openai.OpenAI, row: scoring.Row, who: str) -> str:
 Answers = dict[str, dict[str, list[str]]]
 
 
-def ask_everyone(url: str, names: list[str]) -> Answers:
+def ask_everyone(url: str, names: list[str], questions: int) -> Answers:
     """Every task's held-out questions to everyone at once: task → who → answers."""
     client = openai.OpenAI(base_url=url, api_key="none needed")
-    rows = {task.name: scoring.read_rows(task.heldout)[:QUESTIONS] for task in TASKS}
+    rows = {task.name: scoring.read_rows(task.heldout)[:questions] for task in TASKS}
     # The names change fastest, so that neighbours in the batch have different adapters.
-    wanted = [(task, number, who) for number in range(QUESTIONS) for task in rows for who in names]
-    answers: Answers = {task: {who: [""] * QUESTIONS for who in names} for task in rows}
+    wanted = [(task, number, who) for number in range(questions) for task in rows for who in names]
+    answers: Answers = {task: {who: [""] * questions for who in names} for task in rows}
     with bar("asking", len(wanted)) as advance, ThreadPoolExecutor(CONCURRENT) as pool:
 
         def one(job: tuple[str, int, str]) -> None:
@@ -187,13 +194,19 @@ def show_answers(answers: Answers) -> None:
         for number, row in enumerate(scoring.read_rows(task.heldout)[:SHOWN]):
             question, expected = (message["content"] for message in row["messages"][-2:])
             said = [answers[task.name][name][number] for name in names]
-            table.add_row(*(Text(text) for text in (question, *said, expected)))
+            table.add_row(*(Text(shortened(text)) for text in (question, *said, expected)))
     console.print(table)
+
+
+def shortened(text: str) -> str:
+    """The beginning of an answer: the base likes to go on."""
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN].rstrip() + " ..."
 
 
 def show_scores(answers: Answers) -> None:
     """How many answers keep the format, and how much of their content is right."""
-    table = Table(title=f"Scores on {QUESTIONS} held-out questions a task")
+    asked = len(answers[TASKS[0].name]["base"])
+    table = Table(title=f"Scores on {asked} held-out questions a task")
     table.add_column("task")
     table.add_column("answered by")
     for column in ("well-formed", "content right", "chance"):
@@ -223,7 +236,7 @@ def summarise(task: Task, texts: list[str]) -> scoring.Summary:
 def show_merged(url: str, before: dict[str, list[str]]) -> None:
     """Asks the merged model what the adapter was asked, and counts equal answers."""
     client = openai.OpenAI(base_url=url, api_key="none needed")
-    rows = scoring.read_rows(MERGED_TASK.heldout)[:QUESTIONS]
+    rows = scoring.read_rows(MERGED_TASK.heldout)[: len(before[MERGED_TASK.name])]
     with bar("asking the merged model", len(rows)) as advance:
 
         def one(row: scoring.Row) -> str:
@@ -242,4 +255,8 @@ def show_merged(url: str, before: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Train, serve, compare and merge two adapters.")
+    parser.add_argument(
+        "--questions", type=int, default=QUESTIONS, choices=range(2, 51), metavar="N"
+    )
+    main(parser.parse_args().questions)

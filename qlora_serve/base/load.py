@@ -80,6 +80,7 @@ def load_base(
     settings = _quantization_settings(quantization, stored, torch_dtype, double_quantization)
     model = _load_model(source, torch_dtype, torch_device, settings)
     model.eval()
+    _keep_nf4_as_stored(model)
     return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
 
 
@@ -113,6 +114,18 @@ def _load_model(source: BaseSource, torch_dtype: Any, device: Any, settings: Any
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BaseModelError(f"cannot load {source.path}: {reason}") from error
+
+
+def _keep_nf4_as_stored(model: Any) -> None:
+    """Keeps bitsandbytes from repacking NF4 weights on the CPU.
+
+    On CPUs with AVX-512 it does so, in place, at the first forward pass outside of training. That
+    rounds the block scales to bfloat16, so that an adapter would be served and merged against
+    another base than it was trained on, and it fails for widths that are no multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _device(device: str) -> Any:

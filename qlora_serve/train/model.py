@@ -69,24 +69,11 @@ def _prepare(base: LoadedBase, gradient_checkpointing: bool) -> None:
         return
     from peft import prepare_model_for_kbit_training
 
-    _keep_nf4_as_trained(base.model)
     prepare_model_for_kbit_training(
         base.model,
         use_gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs=options,
     )
-
-
-def _keep_nf4_as_trained(model: Any) -> None:
-    """Keeps bitsandbytes from repacking NF4 weights on the CPU.
-
-    On some CPUs it does so, in place, at the first forward pass outside of training. That rounds
-    the block scales to bfloat16, so that the trained adapter would be checked on another base than
-    it was trained on, and it fails for widths that are no multiple of the block size.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_targets(model: Any, targets: str | tuple[str, ...]) -> None:

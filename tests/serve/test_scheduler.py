@@ -46,7 +46,7 @@ def test_every_request_runs_to_its_end_within_the_limits(limits, shapes, choices
             continue
         assert sum(chunk.count for chunk in chunks) <= limits.step_tokens
         assert scheduler.running <= limits.max_sequences
-        running = [s for s in scheduler.sequences()][: scheduler.running]
+        running = scheduler.sequences()[: scheduler.running]
         assert scheduler.reserved_tokens == sum(s.most_tokens for s in running)
         assert scheduler.reserved_tokens <= limits.cache_tokens
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)

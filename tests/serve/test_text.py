@@ -44,7 +44,9 @@ def test_stop_text_ends_the_answer_and_is_never_given_out(text, stops) -> None:
         assert given_out == text
     else:
         # The first stop text to be complete ends the answer.
-        complete = min((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
+        complete = min(
+            (text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text
+        )
         assert given_out == text[: min(e for e in ends if e <= complete[1])]
 
 
