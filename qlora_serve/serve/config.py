@@ -33,8 +33,9 @@ class ServeSettings(Settings):
     """Tokens of prompt and answer together; what the base was trained for when left out."""
     max_sequences: int = Field(default=32, ge=1)
     """Requests that run in one batch; more wait."""
-    max_step_tokens: int = Field(default=1024, ge=1)
-    """Tokens that one step may compute; longer prompts are computed in chunks."""
+    max_step_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that one step may compute; longer prompts are computed in chunks between the others'
+    tokens. 256 on a CPU and 2048 on a GPU when left out."""
     kv_memory: str = "auto"
     """Memory for keys and values, such as 2GB; auto takes a quarter of what is free."""
 

@@ -4,8 +4,11 @@ import logging
 import socket
 from typing import Any
 
+from qlora_serve.adapters.files import read_adapter
+from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.folder import check_name, find_adapters
 from qlora_serve.base.load import LoadedBase, load_base
+from qlora_serve.base.source import locate_base
 from qlora_serve.errors import ConfigError
 from qlora_serve.progress import console, progress
 from qlora_serve.serve.api.app import create_app
@@ -19,6 +22,9 @@ from qlora_serve.settings import parse_bytes
 
 _FREE_MEMORY_SHARE = 0.25
 _GRACEFUL_SECONDS = 10
+# On a CPU a step of 256 tokens is already as fast a token as a longer one, and a request that
+# comes waits for at most one step.
+_STEP_TOKENS = (256, 2048)
 
 
 def serve(settings: ServeSettings) -> None:
@@ -48,15 +54,20 @@ def serve(settings: ServeSettings) -> None:
 def build_service(settings: ServeSettings) -> Service:
     """Loads base and adapters; the engine is not started yet."""
     paths = _adapter_paths(settings)
+    source = locate_base(settings.base)
+    taken = {BASE_ALIAS, source.display_name, source.name} & paths.keys()
+    if taken:
+        raise ConfigError(f"the adapter name {taken.pop()!r} means the base; choose another")
+    # Config and headers are enough to find most faults, minutes before a large base is loaded.
+    fit = FitChecker(source)
+    for path in paths.values():
+        fit.check(read_adapter(path))
     with progress(f"loading {settings.base}"):
         base = load_base(
             settings.base, settings.quantization, settings.dtype, device=settings.device
         )
     runner = Runner(base)
-    registry = AdapterRegistry(runner)
-    taken = {BASE_ALIAS, base.source.display_name, base.source.name} & paths.keys()
-    if taken:
-        raise ConfigError(f"the adapter name {taken.pop()!r} means the base; choose another")
+    registry = AdapterRegistry(runner, fit)
     if paths:
         with progress("loading adapters", len(paths)) as bar:
             for done, (name, path) in enumerate(paths.items(), 1):
@@ -94,7 +105,8 @@ def _limits(settings: ServeSettings, base: LoadedBase) -> Limits:
             f"--kv-memory {settings.kv_memory} does not hold two tokens; "
             f"one takes {kv_bytes_per_token(base)} bytes"
         )
-    return Limits(settings.max_sequences, tokens, settings.max_step_tokens, longest)
+    step_tokens = settings.max_step_tokens or _STEP_TOKENS[base.device.type != "cpu"]
+    return Limits(settings.max_sequences, tokens, step_tokens, longest)
 
 
 def kv_bytes_per_token(base: LoadedBase) -> int:

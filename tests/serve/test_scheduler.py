@@ -2,11 +2,12 @@
 
 import sys
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_serve.serve.engine.request import GenerationRequest, Sampling, Sequence
-from qlora_serve.serve.engine.scheduler import Limits, Scheduler
+from qlora_serve.serve.engine.scheduler import Limits, Scheduler, split_budget
 
 
 def _sequence(number: int, prompt: int, max_tokens: int) -> Sequence:
@@ -110,3 +111,43 @@ def test_scheduler_does_not_need_torch() -> None:
 
     code = "import sys, qlora_serve.serve.engine.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "needs", "shares"),
+    [
+        (100, [], []),
+        (100, [30], [30]),
+        (100, [500], [100]),
+        (100, [500, 20], [80, 20]),
+        (100, [500, 60, 60], [25, 60, 15]),
+        (100, [10, 500, 500], [10, 90, 0]),
+        (0, [5, 5], [0, 0]),
+        (1, [5, 5], [1, 0]),
+    ],
+)
+def test_a_step_is_split_shortest_first_with_a_part_for_the_oldest(budget, needs, shares) -> None:
+    assert split_budget(budget, needs) == shares
+
+
+@given(st.integers(0, 50), st.lists(st.integers(2, 60), max_size=8))
+def test_a_split_hands_out_all_it_can(budget, needs) -> None:
+    shares = split_budget(budget, needs)
+    assert sum(shares) == min(budget, sum(needs))
+    assert all(0 <= share <= need for share, need in zip(shares, needs, strict=True))
+
+
+def test_a_long_prompt_neither_stalls_others_nor_starves() -> None:
+    """Short prompts pass it by at once, while it keeps a quarter of each step."""
+    scheduler = Scheduler(Limits(8, 10_000, 40, 5000))
+    long = _sequence(0, 2000, 1)
+    scheduler.add(long)
+    for number in range(1, 30):
+        short = _sequence(number, 25, 1)
+        scheduler.add(short)
+        before = long.computed
+        for chunk in scheduler.schedule():
+            chunk.sequence.computed += chunk.count
+        assert short.computed == 25
+        assert long.computed - before >= 10
+        scheduler.remove(short)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_serve.serve.engine.kernels.native import DecodeRow, Kernels
+
 ATTENTION_NAME = "qlora_serve"
 _GROWTH = 128  # tokens; a cache grows by at least this much, so that few steps copy
 
@@ -44,12 +46,23 @@ class SequenceCache:
             Views of [kv_heads, start + new, head_dim] each.
         """
         end = start + keys.shape[1]
-        store = self._layers.get(layer)
-        if store is None or store.shape[2] < end:
-            store = self._grow(layer, store, end, keys)
+        store = self.room(layer, end, keys)
         store[0, :, start:end] = keys
         store[1, :, start:end] = values
         return store[0, :, :end], store[1, :, :end]
+
+    def room(self, layer: int, end: int, like: Tensor) -> Tensor:
+        """The store [2, kv_heads, capacity, head_dim] of a layer, grown to hold `end` tokens.
+
+        Args:
+            layer: the layer's index.
+            end: tokens that must fit.
+            like: [kv_heads, any, head_dim], for shape, dtype and device.
+        """
+        store = self._layers.get(layer)
+        if store is None or store.shape[2] < end:
+            store = self._grow(layer, store, end, like)
+        return store
 
     def _grow(self, layer: int, old: Tensor | None, end: int, like: Tensor) -> Tensor:
         held = 0 if old is None else old.shape[2]
@@ -83,18 +96,25 @@ class StepContext:
     """Rows [first, last) of the flat input that belong to an adapter."""
     output_rows: list[tuple[int, int, Any]] = field(default_factory=list)
     """The same for the rows that reach the output embedding."""
+    kernels: Kernels | None = None
+    """The native kernels, where the model computes in float32 on a CPU."""
 
 
 def attach(model: Any, context: StepContext) -> None:
     """Makes a model's attention layers use the cache of `context`'s sequences."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
-    for module in model.modules():
-        if hasattr(module, "layer_idx"):
-            module.qlora_serve_context = context
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+    attach_context(model, context)
     model.set_attn_implementation(ATTENTION_NAME)
 
 
-def _attention(
+def attach_context(model: Any, context: StepContext) -> None:
+    """Gives every layer of a model the step's context."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.qlora_serve_context = context
+
+
+def attention(
     module: Any,
     query: Tensor,  # [1, heads, tokens, head_dim]
     key: Tensor,  # [1, kv_heads, tokens, head_dim]
@@ -115,16 +135,52 @@ def _attention(
         )
     context: StepContext = module.qlora_serve_context
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output = torch.empty_like(query)
-    for span in context.spans:
+    output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    spans = context.spans
+    if context.kernels is not None and query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        decoding = [span for span in spans if span.last - span.first == 1]
+        spans = [span for span in spans if span.last - span.first > 1]
+        if decoding:
+            _attend_decoding(
+                context.kernels, module.layer_idx, decoding, query, key, value, output,
+                scale, sliding_window or 0, softcap or 0.0,
+            )  # fmt: skip
+    for span in spans:
         rows = slice(span.first, span.last)
         keys, values = span.cache.write(
             module.layer_idx, span.start, key[0, :, rows], value[0, :, rows]
         )
-        output[0, :, rows] = attend(
+        output[0, rows] = attend(
             query[0, :, rows], keys, values, span.start, scale, sliding_window, softcap
-        )
-    return output.transpose(1, 2), None
+        ).transpose(0, 1)
+    return output, None
+
+
+def _attend_decoding(
+    kernels: Kernels,
+    layer: int,
+    spans: list[Span],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """One call for every sequence that decodes; the shapes are those of `attention`."""
+    rows = (DecodeRow * len(spans))()
+    for row, span in zip(rows, spans, strict=True):
+        store = span.cache.room(layer, span.start + 1, key[0])
+        row.row, row.position = span.first, span.start
+        row.cache, row.capacity = store.data_ptr(), store.shape[2]
+    kernels.decode_attention(
+        query.data_ptr(), query.stride(1), query.stride(2),
+        key.data_ptr(), key.stride(1), key.stride(2),
+        value.data_ptr(), value.stride(1), value.stride(2),
+        output.data_ptr(), query.shape[1], key.shape[1], query.shape[3],
+        scale, window, softcap, rows, len(spans),
+    )  # fmt: skip
 
 
 def attend(

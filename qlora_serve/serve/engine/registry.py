@@ -18,9 +18,9 @@ class AdapterRegistry:
     one under the same name, or unloading it, never changes an answer half way.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, fit: FitChecker | None = None) -> None:
         self._runner = runner
-        self._fit = FitChecker(runner.base.source)
+        self._fit = fit or FitChecker(runner.base.source)
         self._by_name: dict[str, ResidentAdapter] = {}
         self._lock = threading.Lock()
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.serve.engine.attention import SequenceCache, Span, StepContext, attach
+from qlora_serve.serve.engine.kernels.native import load_kernels
+from qlora_serve.serve.engine.linear import use_fast_linears
 from qlora_serve.serve.engine.lora import AdapterLayers, linear_names, rows_by_adapter
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import make_generator, sample
@@ -30,6 +32,10 @@ class Runner:
         self.base = base
         self._context = StepContext()
         names = linear_names(build_skeleton(base.source))
+        if base.dtype == "float32" and base.device.type == "cpu":
+            self._context.kernels = load_kernels()
+        if self._context.kernels is not None:
+            use_fast_linears(base.model, self._context.kernels)
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
         self._dtype = getattr(torch, base.dtype)

@@ -1,10 +1,10 @@
 """Who runs in the next step. It counts tokens and places, and never touches a tensor."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_serve.serve.engine.request import Sequence
+from qlora_serve.serve.engine import request
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Limits:
 class Chunk:
     """`count` tokens of a sequence from `start`, to be computed in one step."""
 
-    sequence: Sequence
+    sequence: request.Sequence
     start: int
     count: int
 
@@ -53,23 +53,27 @@ class Chunk:
 
 
 class Scheduler:
-    """First come, first served; everyone who runs gets a token before a prompt gets a chunk.
+    """Admits in order; everyone who decodes gets a token before a prompt gets a chunk.
 
     A sequence is admitted only when the cache can hold all that it may ever reach, so a running
     one never has to wait or be put back.
+
+    Of the prompts that have begun, the shortest rest goes first (it ends soonest, which keeps the
+    mean time to a first token low), but a quarter of the step always goes to the one that was
+    admitted first, so that a stream of short prompts cannot hold up a long one for ever.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting: deque[request.Sequence] = deque()
+        self._running: list[request.Sequence] = []
         self._reserved = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: request.Sequence) -> None:
         """Puts a sequence at the end of the queue."""
         self._waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: request.Sequence) -> None:
         """Takes a sequence out, wherever it is, and gives its room back."""
         if sequence in self._running:
             self._running.remove(sequence)
@@ -80,14 +84,13 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step; empty when there is nothing to do."""
         self._admit()
-        budget = self.limits.step_tokens
-        chunks = []
-        for sequence in self._decoding_first():
-            count = min(sequence.length - sequence.computed, budget)
-            if count == 0:
-                break
-            chunks.append(Chunk(sequence, sequence.computed, count))
-            budget -= count
+        decoding = [s for s in self._running if s.length - s.computed == 1]
+        prompts = [s for s in self._running if s.length - s.computed > 1]
+        chunks = [Chunk(s, s.computed, 1) for s in decoding[: self.limits.step_tokens]]
+        shares = split_budget(
+            self.limits.step_tokens - len(chunks), [s.length - s.computed for s in prompts]
+        )
+        chunks += [Chunk(s, s.computed, n) for s, n in zip(prompts, shares, strict=True) if n]
         return chunks
 
     @property
@@ -105,7 +108,7 @@ class Scheduler:
         """Cache tokens promised to the running sequences."""
         return self._reserved
 
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[request.Sequence]:
         """Every sequence that has not ended."""
         return [*self._running, *self._waiting]
 
@@ -117,6 +120,28 @@ class Scheduler:
             self._reserved += needed
             self._running.append(self._waiting.popleft())
 
-    def _decoding_first(self) -> Iterator[Sequence]:
-        yield from (s for s in self._running if s.length - s.computed == 1)
-        yield from (s for s in self._running if s.length - s.computed > 1)
+
+_OLDEST_SHARE = 4
+"""The oldest prompt is sure of one part in this many of a step's tokens."""
+
+
+def split_budget(budget: int, needs: Sequence[int]) -> list[int]:
+    """Splits a step's tokens among prompts: the shortest first, a part for the oldest.
+
+    Args:
+        budget: tokens to hand out.
+        needs: tokens that each prompt still has to compute, the oldest first.
+
+    Returns:
+        Tokens for each, in the order of `needs`; their sum is `budget`, or all that is needed.
+    """
+    shares = [0] * len(needs)
+    if not needs or budget <= 0:
+        return shares
+    shares[0] = min(needs[0], max(1, budget // _OLDEST_SHARE))
+    budget -= shares[0]
+    for index in sorted(range(len(needs)), key=needs.__getitem__):
+        more = min(needs[index] - shares[index], budget)
+        shares[index] += more
+        budget -= more
+    return shares

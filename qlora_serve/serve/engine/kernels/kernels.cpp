@@ -1,0 +1,207 @@
+// Decoding kernels for float32 on a CPU.
+//
+// A decoding step multiplies every weight of the model with a handful of rows, one a sequence. The
+// libraries behind torch are made for larger matrices; here each weight is read from memory once and
+// multiplied with all rows while it is in a register, which comes close to what the memory allows.
+//
+// Plain C interface, no torch headers: it compiles in a second and is called through ctypes. The
+// vectors are GCC's and Clang's own extension, so the same source serves AVX-512, AVX2 and NEON.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kWidth = 16;  // floats in a vector
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+
+inline Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+// By halves: adding one element after the other would take longer than the products of a tile.
+inline float sum(Vector v) {
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vector total = {};
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) total += load(a + i) * load(b + i);
+  float s = sum(total);
+  for (; i < n; ++i) s += a[i] * b[i];
+  return s;
+}
+
+// y += factor * x
+inline void add_scaled(float* y, const float* x, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(y + i, load(y + i) + load(x + i) * factor);
+  for (; i < n; ++i) y[i] += x[i] * factor;
+}
+
+// ROWS inputs times OUTS weight rows, with every partial sum in a register.
+template <int ROWS, int OUTS>
+inline void tile(const float* x, int64_t in, const float* w, const float* bias, float* y,
+                 int64_t out, int64_t first) {
+  Vector partial[OUTS][ROWS] = {};
+  int64_t i = 0;
+  for (; i + kWidth <= in; i += kWidth) {
+    Vector weights[OUTS];
+    for (int o = 0; o < OUTS; ++o) {
+      weights[o] = load(w + (first + o) * in + i);
+      // The next tile's weights: the processor's own prefetching does not see that far.
+      __builtin_prefetch(w + (first + o + OUTS) * in + i);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const Vector input = load(x + r * in + i);
+      for (int o = 0; o < OUTS; ++o) partial[o][r] += weights[o] * input;
+    }
+  }
+  for (int o = 0; o < OUTS; ++o)
+    for (int r = 0; r < ROWS; ++r) {
+      float s = sum(partial[o][r]);
+      for (int64_t j = i; j < in; ++j) s += w[(first + o) * in + j] * x[r * in + j];
+      y[r * out + first + o] = s + (bias ? bias[first + o] : 0.0f);
+    }
+}
+
+template <int ROWS>
+void outputs(const float* x, int64_t in, const float* w, const float* bias, float* y, int64_t out,
+             int64_t first, int64_t last) {
+  // As many weight rows at a time as leave the partial sums in 32 registers.
+  constexpr int kOuts = ROWS <= 2 ? 8 : ROWS <= 4 ? 6 : ROWS <= 6 ? 4 : 3;
+  for (; first + kOuts <= last; first += kOuts) tile<ROWS, kOuts>(x, in, w, bias, y, out, first);
+  for (; first < last; ++first) tile<ROWS, 1>(x, in, w, bias, y, out, first);
+}
+
+void outputs_of_rows(const float* x, int64_t rows, int64_t in, const float* w, const float* bias,
+                     float* y, int64_t out, int64_t first, int64_t last) {
+  for (; rows >= 8; rows -= 8, x += 8 * in, y += 8 * out)
+    outputs<8>(x, in, w, bias, y, out, first, last);
+  switch (rows) {
+    case 7: return outputs<7>(x, in, w, bias, y, out, first, last);
+    case 6: return outputs<6>(x, in, w, bias, y, out, first, last);
+    case 5: return outputs<5>(x, in, w, bias, y, out, first, last);
+    case 4: return outputs<4>(x, in, w, bias, y, out, first, last);
+    case 3: return outputs<3>(x, in, w, bias, y, out, first, last);
+    case 2: return outputs<2>(x, in, w, bias, y, out, first, last);
+    case 1: return outputs<1>(x, in, w, bias, y, out, first, last);
+    default: return;
+  }
+}
+
+constexpr int64_t kChunk = 48;  // outputs that one thread computes at a time
+
+}  // namespace
+
+extern "C" {
+
+// The rows of one adapter, and its update of this layer: y[first:last] += (x aᵀ) b.
+struct AdapterRows {
+  int64_t first, last, rank;
+  const float* a;  // [rank, in]
+  const float* b;  // [rank, out], with the scaling in it
+};
+
+// y = x wᵀ + bias, plus each adapter's update of its own rows.
+//   x [rows, in], w [out, in], bias [out] or null, y [rows, out]
+//   groups [count]; low: scratch for the sum over groups of (last - first) * rank floats
+void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const float* bias,
+                float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
+  std::vector<int64_t> offsets(count + 1, 0);
+  for (int64_t g = 0; g < count; ++g)
+    offsets[g + 1] = offsets[g] + (groups[g].last - groups[g].first) * groups[g].rank;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < offsets[count]; ++item) {
+      const int64_t g =
+          std::upper_bound(offsets.begin(), offsets.end(), item) - offsets.begin() - 1;
+      const AdapterRows& group = groups[g];
+      const int64_t row = group.first + (item - offsets[g]) / group.rank;
+      const int64_t component = (item - offsets[g]) % group.rank;
+      low[item] = dot(group.a + component * in, x + row * in, in);
+    }
+    // Dynamic: on a shared machine one core may be slower than the other for a while.
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < (out + kChunk - 1) / kChunk; ++chunk) {
+      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, out);
+      outputs_of_rows(x, rows, in, w, bias, y, out, first, last);
+      for (int64_t g = 0; g < count; ++g) {
+        const AdapterRows& group = groups[g];
+        const float* factors = low + offsets[g];
+        for (int64_t row = group.first; row < group.last; ++row, factors += group.rank)
+          for (int64_t r = 0; r < group.rank; ++r)
+            add_scaled(y + row * out + first, group.b + r * out + first, factors[r], last - first);
+      }
+    }
+  }
+}
+
+// One new token of one sequence.
+struct DecodeRow {
+  int64_t row;        // in the flat query, key, value and output
+  int64_t position;   // of the token
+  float* cache;       // keys [kv_heads, capacity, dim], then values of the same shape
+  int64_t capacity;
+};
+
+// Stores each row's key and value in its cache and attends to it.
+//   query [heads, dim], key and value [kv_heads, dim] of a row, `*_head` and `*_row` apart
+//   output [row, heads, dim], contiguous
+//   window: tokens that a query sees, 0 for all; softcap: 0 for none
+void decode_attention_f32(const float* query, int64_t query_head, int64_t query_row,
+                          const float* key, int64_t key_head, int64_t key_row, const float* value,
+                          int64_t value_head, int64_t value_row, float* output, int64_t heads,
+                          int64_t kv_heads, int64_t dim, float scale, int64_t window, float softcap,
+                          const DecodeRow* rows, int64_t count) {
+  const int64_t group = heads / kv_heads;
+#pragma omp parallel
+  {
+    std::vector<float> scores;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t kv = 0; kv < kv_heads; ++kv) {
+        const DecodeRow& row = rows[r];
+        float* keys = row.cache + kv * row.capacity * dim;
+        float* values = keys + kv_heads * row.capacity * dim;
+        std::memcpy(keys + row.position * dim, key + kv * key_head + row.row * key_row,
+                    dim * sizeof(float));
+        std::memcpy(values + row.position * dim, value + kv * value_head + row.row * value_row,
+                    dim * sizeof(float));
+        const int64_t end = row.position + 1;
+        const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
+        scores.resize(end - begin);
+        for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+          const float* q = query + h * query_head + row.row * query_row;
+          float largest = -INFINITY;
+          for (int64_t t = begin; t < end; ++t) {
+            float s = dot(q, keys + t * dim, dim) * scale;
+            if (softcap > 0) s = std::tanh(s / softcap) * softcap;
+            scores[t - begin] = s;
+            largest = std::max(largest, s);
+          }
+          float total = 0;
+          for (float& s : scores) total += s = std::exp(s - largest);
+          float* to = output + (row.row * heads + h) * dim;
+          std::fill(to, to + dim, 0.0f);
+          for (int64_t t = begin; t < end; ++t)
+            add_scaled(to, values + t * dim, scores[t - begin] / total, dim);
+        }
+      }
+  }
+}
+
+}  // extern "C"

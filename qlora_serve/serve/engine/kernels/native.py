@@ -1,0 +1,112 @@
+"""Building and loading `kernels.cpp`."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from qlora_serve.base.source import cache_folder
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+# Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
+# number, and on some systems changes how the whole process treats tiny numbers.
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
+_SWITCH = "QLORA_SERVE_NATIVE"
+"""Set to 0 to use torch's own operators everywhere."""
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class AdapterRows(ctypes.Structure):
+    """The rows of one adapter and its update of a layer; see kernels.cpp."""
+
+    _fields_ = (("first", _INT), ("last", _INT), ("rank", _INT), ("a", _POINTER), ("b", _POINTER))
+
+
+class DecodeRow(ctypes.Structure):
+    """One new token of one sequence; see kernels.cpp."""
+
+    _fields_ = (("row", _INT), ("position", _INT), ("cache", _POINTER), ("capacity", _INT))
+
+
+class Kernels:
+    """The loaded functions. Every call releases Python's lock."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.linear = library.linear_f32
+        self.linear.restype = None
+        self.linear.argtypes = [
+            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
+        ]  # fmt: skip
+        self.decode_attention = library.decode_attention_f32
+        self.decode_attention.restype = None
+        self.decode_attention.argtypes = [
+            _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER,
+            _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _INT,
+        ]  # fmt: skip
+
+
+@cache
+def load_kernels() -> Kernels | None:
+    """The kernels, built when this machine has not built them yet; None where that fails."""
+    if os.environ.get(_SWITCH, "1") == "0":
+        return None
+    try:
+        return Kernels(ctypes.CDLL(str(_built())))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        log.warning("no native kernels, decoding is slower: %s", " ".join(said.split())[:300])
+        return None
+
+
+def _built() -> Path:
+    """The shared library, from the cache folder or freshly compiled into it."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler (g++)")
+    openmp = _torch_openmp()
+    content = [_SOURCE.read_bytes(), " ".join((compiler, *_FLAGS, openmp)).encode(), _processor()]
+    name = hashlib.sha256(b"\0".join(content)).hexdigest()[:24]
+    library = cache_folder() / "kernels" / f"{name}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            fresh = Path(folder) / library.name
+            compiled = str(fresh.with_suffix(".o"))
+            for step in (
+                (compiler, *_FLAGS, "-c", str(_SOURCE), "-o", compiled),
+                (compiler, "-shared", compiled, openmp, "-o", str(fresh)),
+            ):
+                subprocess.run(step, check=True, capture_output=True, text=True, timeout=300)
+            fresh.replace(library)
+    return library
+
+
+def _torch_openmp() -> str:
+    """What to link for OpenMP: the very library that torch uses.
+
+    With another one there would be two pools of threads, each of which keeps the cores busy while
+    it waits for its next turn.
+    """
+    import torch
+
+    folder = Path(torch.__file__).parent
+    found = [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]
+    return str(found[0]) if found else "-fopenmp"
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "".join(sorted({x for x in lines if x.startswith(("flags", "Features"))})).encode()

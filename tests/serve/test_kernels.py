@@ -1,0 +1,144 @@
+"""The native kernels against torch's own operators."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora_serve.serve.engine.attention import (
+    SequenceCache,
+    Span,
+    StepContext,
+    attach_context,
+    attend,
+    attention,
+)
+from qlora_serve.serve.engine.kernels.native import AdapterRows, load_kernels
+from qlora_serve.serve.engine.linear import NATIVE_ROWS, FastLinear
+
+TOLERANCE = 1e-5  # sums of at most 600 products of unit-size numbers, relative to their size
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    loaded = load_kernels()
+    assert loaded is not None, "this machine has g++, so the kernels must build"
+    return loaded
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 17, NATIVE_ROWS, NATIVE_ROWS + 1])
+@pytest.mark.parametrize(("inside", "outside"), [(64, 48), (576, 192), (33, 1), (100, 97)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_linear_equals_torch(kernels, rows, inside, outside, has_bias) -> None:
+    torch.manual_seed(rows * inside + outside)
+    linear = nn.Linear(inside, outside, bias=has_bias)
+    hidden = torch.randn(1, rows, inside)
+    with torch.inference_mode():
+        assert _close(FastLinear(linear, kernels)(hidden), linear(hidden))
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(64, 48), (50, 97)])
+def test_linear_adds_each_adapters_update_to_its_own_rows(kernels, inside, outside) -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(outside, inside), torch.randn(9, inside)
+    ranges = [(0, 2, 4), (3, 4, 1), (4, 9, 19)]  # first, last, rank; row 2 is the base's
+    pairs = [(torch.randn(rank, inside), torch.randn(rank, outside)) for *_, rank in ranges]
+    groups = (AdapterRows * len(ranges))()
+    expected = F.linear(hidden, weight)
+    for group, (first, last, rank), (a, b) in zip(groups, ranges, pairs, strict=True):
+        group.first, group.last, group.rank = first, last, rank
+        group.a, group.b = a.data_ptr(), b.data_ptr()
+        expected[first:last] += hidden[first:last] @ a.t() @ b
+    low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
+    found = torch.empty(9, outside)
+    kernels.linear(
+        hidden.data_ptr(), 9, inside, weight.data_ptr(), None, found.data_ptr(), outside,
+        groups, len(ranges), low.data_ptr(),
+    )  # fmt: skip
+    assert _close(found, expected)
+
+
+def test_nan_stays_in_its_row(kernels) -> None:
+    linear = nn.Linear(64, 48)
+    hidden = torch.randn(1, 8, 64)
+    clean = FastLinear(linear, kernels)(hidden)
+    hidden[0, 3, 5] = float("nan")
+    found = FastLinear(linear, kernels)(hidden)
+    assert found[0, 3].isnan().all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(found[0, others], clean[0, others])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 1, 24), (2, 2, 80)])
+def test_attention_equals_torch_for_decoding_and_prompts_mixed(
+    kernels, window, softcap, heads, kv_heads, dim
+) -> None:
+    """Three sequences: one decodes at position 0, one at 200, one brings 4 tokens of a prompt."""
+    torch.manual_seed(1)
+    starts, counts = [0, 200, 3], [1, 1, 4]
+    total = sum(counts)
+    # As models hand them over: a transposed view of [tokens, heads, dim].
+    query = torch.randn(1, total, heads, dim).transpose(1, 2)
+    key, value = (torch.randn(1, total, kv_heads, dim).transpose(1, 2) for _ in range(2))
+    pasts = [torch.randn(2, kv_heads, start, dim) for start in starts]
+
+    def fresh(with_kernels: bool) -> StepContext:
+        context = StepContext(kernels=kernels if with_kernels else None)
+        first = 0
+        for start, count, past in zip(starts, counts, pasts, strict=True):
+            cache = SequenceCache()
+            if start:
+                cache.write(0, 0, past[0], past[1])
+            context.spans.append(Span(first, first + count, start, cache))
+            first += count
+        return context
+
+    found = []
+    for with_kernels in (True, False):
+        module = nn.Module()
+        module.layer_idx = 0
+        context = fresh(with_kernels)
+        attach_context(module, context)
+        found.append(
+            attention(
+                module, query, key, value, None, scaling=0.3, sliding_window=window,
+                softcap=softcap,
+            )[0]
+        )  # fmt: skip
+        # What was stored serves the next step.
+        for span in context.spans:
+            stored = span.cache.room(0, 1, key[0])
+            assert torch.equal(stored[0, :, span.start], key[0, :, span.first])
+            assert torch.equal(stored[1, :, span.start], value[0, :, span.first])
+    assert found[0].shape == (1, total, heads, dim)
+    assert (found[0] - found[1]).abs().max() < TOLERANCE
+    expected = attend(
+        query[0, :, 1:2],
+        torch.cat([pasts[1][0], key[0, :, 1:2]], 1),
+        torch.cat([pasts[1][1], value[0, :, 1:2]], 1),
+        200, 0.3, window, softcap,
+    )  # fmt: skip
+    assert (found[0][0, 1] - expected[:, 0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "environment", [{"QLORA_SERVE_NATIVE": "0"}, {"PATH": "/nowhere", "CXX": ""}]
+)
+def test_without_a_compiler_or_switched_off_torch_does_it(environment, tmp_path) -> None:
+    code = "from qlora_serve.serve.engine.kernels.native import load_kernels as k; print(k())"
+    env = {**os.environ, "QLORA_SERVE_CACHE": str(tmp_path), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "None"
+    assert ("no C++ compiler" in done.stderr) == ("PATH" in environment)
