@@ -26,6 +26,15 @@ class ModuleFit:
 
 
 @dataclass(frozen=True)
+class TokenRowsFit:
+    """What PEFT makes of one module with trainable tokens."""
+
+    indices: tuple[int, ...]
+    source: str
+    """The path of the module under which the rows are saved: another one where weights are tied."""
+
+
+@dataclass(frozen=True)
 class ExpectedAdapter:
     """What PEFT would save for a config on a base."""
 
@@ -33,6 +42,10 @@ class ExpectedAdapter:
     """Every tensor's name and shape."""
     modules: dict[str, ModuleFit]
     """Every target module's path in the base model."""
+    saved_modules: frozenset[str]
+    """Paths of the modules that the adapter replaces whole (`modules_to_save`)."""
+    token_rows: dict[str, TokenRowsFit]
+    """Modules of whose weight the adapter replaces rows (`trainable_token_indices`)."""
 
 
 class FitChecker:
@@ -61,11 +74,14 @@ class FitChecker:
         """
         expected = self.expected(adapter)
         found = {name: info.shape for name, info in adapter.tensors.items()}
-        # PEFT saves a copy of the base's own embedding beside an embedding LoRA; it adds nothing.
-        expected_names = {name for name in expected.shapes if ".base_layer." not in name}
-        missing = sorted(expected_names - found.keys())
+        # PEFT may save a copy of the base's own embedding beside an embedding LoRA, or not.
+        has_biases = adapter.config.get("bias") not in (None, "none")
+        needed = {name for name in expected.shapes if not _is_base_copy(name, has_biases)}
+        missing = sorted(needed - found.keys())
         extra = sorted(found.keys() - expected.shapes.keys())
-        wrong = sorted(n for n in expected_names & found.keys() if found[n] != expected.shapes[n])
+        wrong = sorted(
+            n for n in expected.shapes.keys() & found.keys() if found[n] != expected.shapes[n]
+        )
         problems = []
         if missing:
             problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
@@ -74,6 +90,9 @@ class FitChecker:
         if wrong:
             shapes = (f"{n} is {_x(found[n])}, expected {_x(expected.shapes[n])}" for n in wrong)
             problems.append(f"{len(wrong)} tensors have another shape ({_some(shapes)})")
+        tokens = _enlarged_vocabulary(found, [*extra, *wrong])
+        if tokens is not None:
+            problems.insert(0, f"its vocabulary was resized to {tokens} tokens, the base's was not")
         if problems:
             trained_on = f", trained on {adapter.base_name!r}," if adapter.base_name else ""
             raise AdapterError(
@@ -86,6 +105,7 @@ class FitChecker:
 def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
     config = parse_config(adapter.config)
     config.inference_mode = True
@@ -100,12 +120,53 @@ def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:
         raise AdapterError(
             f"adapter {adapter.path} cannot be put on the base {source.display_name!r}: {reason}"
         ) from None
-    modules = {
-        name.removeprefix(_PREFIX): ModuleFit(layer.r["default"], float(layer.scaling["default"]))
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and "default" in layer.r
-    }
-    return ExpectedAdapter({name: tuple(t.shape) for name, t in state.items()}, modules)
+    named = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    return ExpectedAdapter(
+        shapes={name: tuple(t.shape) for name, t in state.items()},
+        modules={
+            name: ModuleFit(layer.r["default"], float(layer.scaling["default"]))
+            for name, layer in named.items()
+            if isinstance(layer, LoraLayer) and "default" in layer.r
+        },
+        saved_modules=frozenset(
+            name for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)
+        ),
+        token_rows=_token_rows(named),
+    )
+
+
+def _token_rows(named: dict[str, Any]) -> dict[str, TokenRowsFit]:
+    from peft.utils.other import TrainableTokensWrapper
+
+    rows = {}
+    for name, module in named.items():
+        if not isinstance(module, TrainableTokensWrapper):
+            continue
+        layer = module.token_adapter
+        tied = layer.tied_adapter
+        source = name
+        if tied is not None:
+            source = next(other for other, m in named.items() if m is tied)
+            source = source.removesuffix(".token_adapter")
+        indices = (tied or layer).token_indices["default"]
+        rows[name] = TokenRowsFit(tuple(int(index) for index in indices), source)
+    return rows
+
+
+def _is_base_copy(name: str, has_biases: bool) -> bool:
+    """Whether a tensor only repeats the base's own weights."""
+    return name.endswith(".base_layer.weight") or (
+        name.endswith(".base_layer.bias") and not has_biases
+    )
+
+
+def _enlarged_vocabulary(found: dict[str, tuple[int, ...]], names: list[str]) -> int | None:
+    """The tokens of a whole embedding among tensors that do not fit, if there is one."""
+    for name in names:
+        is_embedding = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if is_embedding or name.endswith(".base_layer.weight"):
+            return found[name][0]
+    return None
 
 
 def _some(items: Iterable[str]) -> str:

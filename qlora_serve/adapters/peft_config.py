@@ -23,6 +23,11 @@ _RESOLVED_BY_PEFT = frozenset(
     }
 )  # fmt: skip
 
+# Settings whose work is in the adapter's tensors, all of which the engine applies.
+_APPLIED_FROM_TENSORS = frozenset(
+    {"use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices"}
+)
+
 # These initialisations subtract the adapter's start from the base's weights, so that the saved
 # tensors only fit the changed base, which is not what gets served.
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -67,10 +72,11 @@ def unsupported_settings(config: Mapping[str, Any]) -> list[str]:
     import peft
 
     reasons = []
+    known = _TRAINING_ONLY | _RESOLVED_BY_PEFT | _APPLIED_FROM_TENSORS
     defaults = peft.LoraConfig()
     for field in dataclasses.fields(peft.LoraConfig):
         name = field.name
-        if name in _TRAINING_ONLY or name in _RESOLVED_BY_PEFT or name not in config:
+        if name in known or name not in config:
             continue
         value, default = config[name], getattr(defaults, name)
         if value != default and not (value in _EMPTY and default in _EMPTY):

@@ -106,12 +106,11 @@ def test_dead_adapter_is_seen(adapter, fit, edit_tensors):
 
 def test_start_that_changes_the_base_is_refused(adapter, fit, edit_config):
     edit_config(adapter, init_lora_weights="pissa")
-    with pytest.raises(AdapterError, match=r"changes the base|cannot be put"):
+    with pytest.raises(AdapterError, match="changes the base"):
         load_weights(read_adapter(adapter), fit)
 
 
 def test_fit_accepts_what_peft_saves(base, tmp_path, fit):
-    # What merging accepts is wider than what the engine applies.
     for number, settings in enumerate(
         [
             {"use_dora": True},

@@ -47,6 +47,10 @@ def test_order_and_place_leave_it(adapter, edit_tensors, edit_config, tmp_path):
         {"lora_alpha": 16},
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 3}},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 4]},
         {"base_model_name_or_path": "another"},
     ],
 )

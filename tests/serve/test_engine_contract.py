@@ -143,7 +143,7 @@ def test_a_row_with_nan_fails_alone(engine, runner, paths) -> None:
     bad = registry.load("bad", paths["two"])
     for pair in bad.pairs:
         if pair is not None:
-            pair.b_t[0, 0] = float("nan")
+            (pair.b_t if pair.blocks is None else pair.blocks)[0, 0] = float("nan")
     expected = _submit(engine, "alone", good).ending()[0]
     inboxes = [_submit(engine, f"m{n}", a) for n, a in enumerate([good, bad, None, good])]
     endings = [inbox.ending() for inbox in inboxes]

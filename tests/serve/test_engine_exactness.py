@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from mixed_batch import check_against_peft, mixed_rows, reference
 from tiny_models import CONFIGS, write_random_adapter, write_tiny_model
-from transformers import AutoModelForCausalLM
 
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.fit import FitChecker
@@ -20,10 +19,9 @@ from qlora_serve.serve.engine.request import (
     Finished,
     GenerationRequest,
     Sampling,
-    Sequence,
 )
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import Chunk, Limits
+from qlora_serve.serve.engine.scheduler import Limits
 
 TOLERANCE = 1e-4  # float32, on logits of magnitude about 10
 
@@ -35,6 +33,7 @@ ADAPTERS = {
         "rank_pattern": {"down_proj": 2, "fc2": 2, "layers.1.self_attn.q_proj": 7},
         "alpha_pattern": {"o_proj": 3, "dense": 3},
     },
+    "dora": {"use_dora": True, "use_rslora": True},
     "few": {"target_modules": r".*layers\.[02]\.(self_attn\.(q|qkv|k)_proj|mlp\.(up_proj|fc1))"},
 }
 
@@ -50,20 +49,9 @@ def family(request, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     return base, adapters
 
 
-def _sequence(prompt: list[int], adapter, **sampling) -> Sequence:
-    settings = Sampling(**({"max_tokens": 8, "temperature": 0.0} | sampling))
-    request = GenerationRequest(f"r{id(prompt)}", tuple(prompt), settings, adapter)
-    return Sequence(request, deliver=lambda event: None)
-
-
-def _reference(base: Path, adapter: Path | None) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return model.eval() if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
-
-
 @torch.inference_mode()
 def test_mixed_batch_matches_each_adapter_alone(family) -> None:
-    """Prefill in chunks, then decode, base and four adapters in every step."""
+    """Prefill in chunks, then decode, base and five adapters in every step."""
     base, paths = family
     runner = Runner(load_base(str(base), dtype="float32"))
     fit = FitChecker(runner.base.source)
@@ -71,40 +59,11 @@ def test_mixed_batch_matches_each_adapter_alone(family) -> None:
         name: runner.resident(name, load_weights(read_adapter(path), fit))
         for name, path in paths.items()
     }
-    generator = torch.Generator().manual_seed(7)
     # Longer than the sliding window of the windowed families (24).
-    lengths = {"base": 33, "plain": 5, "rs": 41, "patterns": 12, "few": 30}
-    prompts = {
-        name: torch.randint(3, 400, (length,), generator=generator).tolist()
-        for name, length in lengths.items()
-    }
-    sequences = {name: _sequence(prompt, residents.get(name)) for name, prompt in prompts.items()}
-    # Every prompt in two chunks, all of them in the same steps.
-    first = [Chunk(s, 0, len(s.request.prompt) // 2) for s in sequences.values()]
-    runner.forward(first)
-    second = []
-    for chunk in first:
-        start = chunk.count
-        second.append(Chunk(chunk.sequence, start, len(chunk.sequence.request.prompt) - start))
-    rows = [dict(zip(sequences, runner.forward(second), strict=True))]
-    for step in range(4):
-        for sequence in sequences.values():
-            sequence.generated.append(10 + step)
-        chunks = [Chunk(s, s.length - 1, 1) for s in sequences.values()]
-        rows.append(dict(zip(sequences, runner.forward(chunks), strict=True)))
-
-    differs_from_base = {}
-    for name, sequence in sequences.items():
-        model = _reference(base, paths.get(name))
-        tokens = torch.tensor([[*sequence.request.prompt, *sequence.generated]])
-        expected = model(tokens).logits[0, len(prompts[name]) - 1 :]
-        found = torch.stack([row[name] for row in rows])
-        assert (found - expected).abs().max().item() < TOLERANCE, name
-        plain = _reference(base, None)(tokens).logits[0, len(prompts[name]) - 1 :]
-        differs_from_base[name] = (found - plain).abs().max().item()
+    lengths = {"base": 33, "plain": 5, "rs": 41, "patterns": 12, "few": 30, "dora": 26}
+    found = mixed_rows(runner, residents, lengths)
     # The comparison could not fail if the adapters did nothing.
-    assert all(differs_from_base[name] > 0.1 for name in paths)
-    assert differs_from_base["base"] < TOLERANCE
+    check_against_peft(base, paths, found, TOLERANCE, differs_by=0.1)
 
 
 def _collect(events: "queue.Queue[Event]") -> tuple[list[int], str, Event]:
@@ -141,7 +100,7 @@ def test_greedy_text_equals_peft_generate_while_others_come_and_go(family) -> No
     collected = [_collect(events) for *_, events in wanted]
     engine.stop()
 
-    models = {name: _reference(base, paths.get(name or "")) for name in (None, "plain", "rs")}
+    models = {name: reference(base, paths.get(name or "")) for name in (None, "plain", "rs")}
     tokenizer = runner.base.tokenizer
     for (name, prompt, limit, _), (_, text, ending) in zip(wanted, collected, strict=True):
         out = models[name].generate(

@@ -18,7 +18,13 @@ from qlora_serve.serve.engine.attention import (
     attention,
 )
 from qlora_serve.serve.engine.kernels.native import AdapterRows, load_kernels
-from qlora_serve.serve.engine.linear import NATIVE_ROWS, FastLinear
+from qlora_serve.serve.engine.linear import (
+    NATIVE_ROWS,
+    FastLinear,
+    FastNf4Linear,
+    use_fast_linears,
+)
+from qlora_serve.serve.engine.lora import from_blocks, to_blocks
 
 TOLERANCE = 1e-5  # sums of at most 600 products of unit-size numbers, relative to their size
 
@@ -49,13 +55,17 @@ def test_linear_equals_torch(kernels, rows, inside, outside, has_bias) -> None:
 def test_linear_adds_each_adapters_update_to_its_own_rows(kernels, inside, outside) -> None:
     torch.manual_seed(0)
     weight, hidden = torch.randn(outside, inside), torch.randn(9, inside)
-    ranges = [(0, 2, 4), (3, 4, 1), (4, 9, 19)]  # first, last, rank; row 2 is the base's
+    # first, last, rank; row 2 is the base's, and one group leaves this layer alone
+    ranges = [(0, 2, 4), (3, 4, 1), (4, 5, 0), (5, 9, 19)]
     pairs = [(torch.randn(rank, inside), torch.randn(rank, outside)) for *_, rank in ranges]
     groups = (AdapterRows * len(ranges))()
     expected = F.linear(hidden, weight)
-    for group, (first, last, rank), (a, b) in zip(groups, ranges, pairs, strict=True):
+    blocks = [to_blocks(b) for _, b in pairs]
+    zipped = zip(groups, ranges, pairs, blocks, strict=True)
+    for group, (first, last, rank), (a, b), blocked in zipped:
         group.first, group.last, group.rank = first, last, rank
-        group.a, group.b = a.data_ptr(), b.data_ptr()
+        group.a, group.b = a.data_ptr(), blocked.data_ptr()
+        assert torch.equal(from_blocks(blocked, outside), b)
         expected[first:last] += hidden[first:last] @ a.t() @ b
     low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
     found = torch.empty(9, outside)
@@ -142,3 +152,27 @@ def test_without_a_compiler_or_switched_off_torch_does_it(environment, tmp_path)
     )
     assert done.stdout.strip() == "None"
     assert ("no C++ compiler" in done.stderr) == ("PATH" in environment)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(rows)
+    linear = Linear4bit(
+        128, 97, bias=True, compute_dtype=torch.float32, compress_statistics=double,
+        quant_type="nf4",
+    )  # fmt: skip
+    linear.load_state_dict({"weight": torch.randn(97, 128) * 0.1, "bias": torch.randn(97)})
+    linear = linear.to("cpu")  # quantizes
+    linear.support_avx512bf16_for_cpu = False
+    model = nn.Sequential(linear).eval()
+    hidden = torch.randn(1, rows, 128)
+    with torch.inference_mode():
+        expected = model(hidden)
+        use_fast_linears(model, kernels)
+        assert type(model[0]) is FastNf4Linear
+        assert _close(model(hidden), expected)
+        many = torch.randn(1, NATIVE_ROWS + 1, 128)
+        assert _close(model(many)[:, :rows], model(many[:, :rows]))

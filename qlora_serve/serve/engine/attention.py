@@ -96,6 +96,10 @@ class StepContext:
     """Rows [first, last) of the flat input that belong to an adapter."""
     output_rows: list[tuple[int, int, Any]] = field(default_factory=list)
     """The same for the rows that reach the output embedding."""
+    adapter_updates: Any = None
+    """`adapter_rows` for the native kernels: a `linear.NativeUpdates`, or None."""
+    output_updates: Any = None
+    """The same for `output_rows`."""
     kernels: Kernels | None = None
     """The native kernels, where the model computes in float32 on a CPU."""
 

@@ -1,5 +1,6 @@
 """The base's linear layers, by the fastest kernel for the number of rows."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,42 +12,176 @@ from qlora_serve.serve.engine.kernels.native import Kernels
 # Above this many rows torch's own product is at least as fast (docs/performance.md).
 NATIVE_ROWS = 48
 
+_NF4_BLOCK = 64
 
-class FastLinear(nn.Module):
-    """A float32 linear layer on a CPU: own kernel for few rows, torch's for many."""
+
+@dataclass(frozen=True)
+class NativeUpdates:
+    """The plain LoRA updates of one step's rows, as the kernels read them."""
+
+    groups: int
+    """Address of the first layer's `AdapterRows`."""
+    count: int
+    """Groups of a layer."""
+    stride: int
+    """Bytes from one layer's groups to the next's."""
+    low: Tensor
+    """Scratch for the low-rank products of one layer."""
+    leaves_some: bool
+    """Whether an adapter has updates that are not plain, which are left to Python."""
+    keep: Any
+    """What `groups` points into."""
+
+
+class NativeLinear(nn.Module):
+    """A float32-computing linear layer on a CPU: own kernel for few rows, torch's for many."""
+
+    in_features: int
+    out_features: int
+    bias: Any
+
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether the kernel is meant for this input [1, rows, in_features]."""
+        return hidden.shape[-2] <= NATIVE_ROWS and hidden.is_contiguous()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[1, rows, in_features] → [1, rows, out_features]"""
+        return self.updated(hidden, None, 0) if self.takes(hidden) else self.by_torch(hidden)
+
+    def updated(self, hidden: Tensor, updates: NativeUpdates | None, index: int) -> Tensor:
+        """The layer's output with the adapters' updates of the layer called `index` added.
+
+        Args:
+            hidden: [1, rows, in_features] that the layer `takes`.
+            updates: of the step's rows, if any.
+            index: which of their layers this is.
+        """
+        output = hidden.new_empty(*hidden.shape[:-1], self.out_features)
+        if updates is None:
+            self.call_kernel(hidden, output, None, 0, None)
+        else:
+            groups = updates.groups + index * updates.stride
+            self.call_kernel(hidden, output, groups, updates.count, updates.low.data_ptr())
+        return output
+
+    def by_torch(self, hidden: Tensor) -> Tensor:
+        """The same without the kernel."""
+        raise NotImplementedError
+
+    def call_kernel(
+        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
+    ) -> None:
+        """Fills `output`."""
+        raise NotImplementedError
+
+
+class FastLinear(NativeLinear):
+    """Float32 weights."""
 
     def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.out_features, self.in_features = linear.weight.shape
-        self.linear_kernel = kernels.linear
-        self._weight_pointer = linear.weight.data_ptr()
-        self._bias_pointer = None if linear.bias is None else linear.bias.data_ptr()
+        self._kernel = kernels.linear
+        self._pointers = (linear.weight.data_ptr(), _pointer(linear.bias))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[1, rows, in_features] → [1, rows, out_features]"""
-        rows = hidden.shape[-2]
-        if rows > NATIVE_ROWS or not hidden.is_contiguous():
-            return F.linear(hidden, self.weight, self.bias)
-        output = hidden.new_empty(*hidden.shape[:-1], self.out_features)
-        self.linear_kernel(
-            hidden.data_ptr(), rows, self.in_features, self._weight_pointer, self._bias_pointer,
-            output.data_ptr(), self.out_features, None, 0, None,
+    def by_torch(self, hidden: Tensor) -> Tensor:
+        """See `NativeLinear`."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def call_kernel(
+        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
+    ) -> None:
+        """See `NativeLinear`."""
+        weight, bias = self._pointers
+        self._kernel(
+            hidden.data_ptr(), hidden.shape[-2], self.in_features, weight, bias,
+            output.data_ptr(), self.out_features, groups, count, low,
         )  # fmt: skip
+
+
+class FastNf4Linear(NativeLinear):
+    """NF4 weights of bitsandbytes, unpacked in registers while they are multiplied."""
+
+    def __init__(self, linear: Any, kernels: Kernels) -> None:
+        super().__init__()
+        self.base = linear
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.out_features, self.in_features = linear.weight.quant_state.shape
+        self._kernel = kernels.linear_nf4
+        self._codes = linear.weight.data
+        self._scales = _nf4_scales(linear.weight.quant_state)
+        self._table = linear.weight.quant_state.code.float().contiguous()
+        self._pointers = tuple(map(_pointer, (self._codes, self._scales, self._table, self.bias)))
+
+    @property
+    def weight(self) -> Any:
+        """The packed weight."""
+        return self.base.weight
+
+    def by_torch(self, hidden: Tensor) -> Tensor:
+        """See `NativeLinear`; dequantizes the layer once for all rows."""
+        output: Tensor = self.base(hidden)
         return output
+
+    def call_kernel(
+        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
+    ) -> None:
+        """See `NativeLinear`."""
+        self._kernel(
+            hidden.data_ptr(), hidden.shape[-2], self.in_features, *self._pointers,
+            output.data_ptr(), self.out_features, groups, count, low,
+        )  # fmt: skip
 
 
 def use_fast_linears(model: Any, kernels: Kernels) -> None:
-    """Replaces a model's float32 linear layers in place; quantized and half ones stay."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module.weight.dtype == torch.float32
-        and module.weight.device.type == "cpu"
-        and module.weight.is_contiguous()
-    ]
-    for name, module in found:
+    """Replaces a model's float32 and NF4 linear layers in place; others stay as they are."""
+    for name, module in list(model.named_modules()):
+        fast: NativeLinear
+        if _is_plain(module):
+            fast = FastLinear(module, kernels)
+        elif _is_nf4(module):
+            fast = FastNf4Linear(module, kernels)
+        else:
+            continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FastLinear(module, kernels))
+        setattr(model.get_submodule(parent), child, fast)
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is nn.Linear and _is_ready(module.weight, torch.float32)
+
+
+def _is_nf4(module: Any) -> bool:
+    """Whether a layer is NF4 in the layout that the kernel reads."""
+    weight: Any = getattr(module, "weight", None)
+    if type(weight).__name__ != "Params4bit" or not _is_ready(weight, torch.uint8):
+        return False
+    state = weight.quant_state
+    return bool(
+        state.quant_type == "nf4"
+        and state.blocksize == _NF4_BLOCK
+        and state.dtype == torch.float32
+        and state.shape[1] % _NF4_BLOCK == 0
+        and module.compute_dtype in (None, torch.float32)
+        and not getattr(state, "packing_format_for_cpu", False)
+    )
+
+
+def _is_ready(weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def _nf4_scales(state: Any) -> Tensor:
+    """The scale of each block of 64 weights, float32; themselves unpacked if they are quantized."""
+    if not state.nested:
+        return state.absmax.float().contiguous()
+    from bitsandbytes.functional import dequantize_blockwise
+
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.float().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

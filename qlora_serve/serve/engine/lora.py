@@ -1,28 +1,84 @@
-"""Linear layers that add, to the rows of each adapter, that adapter's low-rank update.
+"""Linear layers that add, to the rows of each adapter, that adapter's update.
 
 Config → weights → batch view: an `AdapterFiles` becomes `AdapterWeights` (adapters room), which
 become a `ResidentAdapter` on the device, and a step sees only rows and residents.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_serve.adapters.weights import AdapterWeights
+from qlora_serve.adapters.weights import AdapterWeights, LoraPair
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
+from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
+from qlora_serve.serve.engine.kernels.native import AdapterRows
+from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
+from qlora_serve.serve.engine.replaced import (
+    AdapterModule,
+    EmbeddingUpdate,
+    OwnModule,
+    RowFunction,
+    own_module,
+    wrap,
+)
+
+# numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
+_NATIVE_ROWS = np.dtype(AdapterRows)
+_BLOCK = 16  # kernels.cpp's vector
 
 
 @dataclass(frozen=True)
 class ResidentPair:
-    """One layer's update, laid out for the product of rows from the left."""
+    """One linear layer's update: `y = base(x) * gain + (x @ aᵀ) @ b_t + offset`.
 
-    a_t: Tensor
-    """[in_features, rank]"""
-    b_t: Tensor
-    """[rank, out_features], already multiplied by the scaling"""
+    Plain LoRA has the matrices alone. DoRA (arXiv:2402.09353) has a gain as well, and an offset
+    where the layer has a bias, which is not to be scaled. A new bias is an offset.
+    """
+
+    a: Tensor | None
+    """[rank, in_features]; None where only the bias changes"""
+    b_t: Tensor | None
+    """[rank, out_features], already multiplied by the scaling and the gain; None where only the
+    bias changes, or where `blocks` holds it"""
+    gain: Tensor | None = None
+    """[out_features], float32"""
+    offset: Tensor | None = None
+    """[out_features], float32"""
+    blocks: Tensor | None = None
+    """[out_features / 16 rounded up, rank, 16]: what `b_t` would be, as the kernels read it"""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the two matrices are all."""
+        return self.gain is None and self.offset is None
+
+    def update(self, output: Tensor, hidden: Tensor) -> None:
+        """Turns the base's output [rows, out_features] for `hidden` [rows, in_features] into ours.
+
+        In place: `output` is a view of the whole step's.
+        """
+        if self.gain is not None:
+            output.mul_(self.gain)
+        if self.a is not None:
+            low = F.linear(hidden.to(self.a.dtype), self.a)  # [rows, rank]
+            b_t = self.b_t if self.blocks is None else from_blocks(self.blocks, output.shape[1])
+            assert b_t is not None
+            output.addmm_(low.to(output.dtype), b_t)
+        if self.offset is not None:
+            output.add_(self.offset)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on the device."""
+        parts = (self.a, self.b_t, self.gain, self.offset, self.blocks)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +91,26 @@ class ResidentAdapter:
     pairs: tuple[ResidentPair | None, ...]
     """By the index of the adapter layer; None where this adapter changes nothing."""
     size_bytes: int
+    own: Mapping[str, RowFunction] = field(default_factory=dict)
+    """The path of a module → what computes this adapter's rows in its place."""
+
+    @cached_property
+    def native_table(self) -> Any:
+        """numpy [adapter layers] of `AdapterRows`: rank and addresses of the plain updates.
+
+        Rank 0 where there is none, or where it is not plain and Python applies it.
+        """
+        table = np.zeros(len(self.pairs), dtype=_NATIVE_ROWS)
+        for entry, pair in zip(table, self.pairs, strict=True):
+            if pair is not None and pair.a is not None and pair.blocks is not None:
+                entry["rank"] = pair.a.shape[0]
+                entry["a"], entry["b"] = pair.a.data_ptr(), pair.blocks.data_ptr()
+        return table
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the native table holds all that this adapter does to linear layers."""
+        return all(pair is None or pair.blocks is not None for pair in self.pairs)
 
 
 class AdapterLinear(nn.Module):
@@ -49,14 +125,21 @@ class AdapterLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, rows, in_features] → [1, rows, out_features]"""
-        output: Tensor = self.base(hidden)
-        context = self._context
+        context, base = self._context, self.base
         rows = context.output_rows if self._is_output else context.adapter_rows
+        updates = None
+        output: Tensor
+        if isinstance(base, NativeLinear) and base.takes(hidden):
+            updates = context.output_updates if self._is_output else context.adapter_updates
+            output = base.updated(hidden, updates, self.index)
+            if updates is None or not updates.leaves_some:
+                return output
+        else:
+            output = base(hidden)
         for first, last, adapter in rows:
             pair = adapter.pairs[self.index]
-            if pair is not None:
-                low = hidden[0, first:last].to(pair.a_t.dtype) @ pair.a_t  # [rows, rank]
-                output[0, first:last].addmm_(low.to(output.dtype), pair.b_t)
+            if pair is not None and (updates is None or pair.blocks is None):
+                pair.update(output[0, first:last], hidden[0, first:last])
         return output
 
     @property
@@ -69,8 +152,12 @@ class AdapterLayers:
     """The adapter layers of one model."""
 
     def __init__(self, model: Any, linear_names: list[str], context: StepContext) -> None:
+        self._model = model
+        self._context = context
+        self._width = int(model.get_input_embeddings().weight.shape[1])
         self._index = {name: index for index, name in enumerate(linear_names)}
         output = model.get_output_embeddings()
+        self._output_name = next((n for n, m in model.named_modules() if m is output), None)
         for name, index in self._index.items():
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
@@ -80,26 +167,133 @@ class AdapterLayers:
     def make_resident(
         self, name: str, weights: AdapterWeights, dtype: torch.dtype, device: torch.device
     ) -> ResidentAdapter:
-        """Puts an adapter's weights on the device.
+        """Puts an adapter's weights on the device. Other threads may run the model meanwhile.
 
         Raises:
-            AdapterError: it targets a layer that the engine does not know as linear.
+            AdapterError: it changes a module in a way that the engine does not know, or was
+                trained on other base weights than it also holds.
         """
-        unknown = sorted(weights.modules.keys() - self._index.keys())
-        if unknown:
-            raise AdapterError(
-                f"adapter {name!r} targets {unknown[0]}, which is not a linear layer of this base"
-            )
+        for module, copied in weights.base_copies.items():
+            require_same(name, module, copied, self._base(module))
         pairs: list[ResidentPair | None] = [None] * len(self._index)
-        for module, pair in weights.modules.items():
-            # Scaled in float32 before rounding to the compute dtype.
-            scaled = pair.b.float() * pair.scaling
-            pairs[self._index[module]] = ResidentPair(
-                a_t=pair.a.to(device, dtype).t().contiguous(),
-                b_t=scaled.to(device, dtype).t().contiguous(),
-            )
-        size = sum(p.a_t.nbytes + p.b_t.nbytes for p in pairs if p is not None)
-        return ResidentAdapter(name, weights.identity, tuple(pairs), size)
+        changed = weights.modules.keys() | weights.biases.keys()
+        for module in changed & self._index.keys():
+            pair, bias = weights.modules.get(module), weights.biases.get(module)
+            base = self._base(module)
+            resident = _resident_pair(base, module, pair, bias, dtype, device)
+            if isinstance(base, NativeLinear) and resident.is_plain and resident.b_t is not None:
+                resident = ResidentPair(resident.a, None, blocks=to_blocks(resident.b_t))
+            pairs[self._index[module]] = resident
+        own = self._own_functions(name, weights, dtype)
+        # Nothing can fail from here on, so that a refused adapter leaves the model as it was.
+        for module in own:
+            wrap(self._model, module, self._context, module == self._output_name)
+        size = sum(pair.size_bytes for pair in pairs if pair is not None)
+        size += _own_bytes(own.values(), self._model)
+        return ResidentAdapter(name, weights.identity, tuple(pairs), size, own)
+
+    def _own_functions(
+        self, name: str, weights: AdapterWeights, dtype: torch.dtype
+    ) -> dict[str, RowFunction]:
+        """What the adapter does to modules in another way than by a linear layer's update."""
+        parts = {module: dict(own) for module, own in weights.replaced.items()}
+        with_new_rows: dict[int, Tensor] = {}
+        for module in weights.biases.keys() - self._index.keys():
+            parts.setdefault(module, {})["bias"] = weights.biases[module]
+        for module, tokens in weights.token_rows.items():
+            base = self._base(module)
+            if getattr(base, "bias", None) is not None:
+                raise AdapterError(
+                    f"adapter {name!r} trains tokens of {module}, which has a bias; PEFT leaves "
+                    "that out, and the engine does not"
+                )
+            weight = base.weight.detach()
+            if weight.data_ptr() not in with_new_rows:  # tied modules share one tensor
+                index = torch.tensor(tokens.indices, device=weight.device)
+                with_new_rows[weight.data_ptr()] = weight.index_copy(
+                    0, index, tokens.rows.to(weight)
+                )
+            parts[module] = {"weight": with_new_rows[weight.data_ptr()]}
+        own: dict[str, RowFunction] = {
+            module: own_module(self._base(module), module, new, self._width, self._context)
+            for module, new in parts.items()
+        }
+        for module in weights.modules.keys() - self._index.keys():
+            base = self._base(module)
+            if not isinstance(base, nn.Embedding):
+                raise AdapterError(
+                    f"adapter {name!r} targets {module}, which is neither a linear layer nor an "
+                    "embedding of this base"
+                )
+            own[module] = _embedding_update(base, weights.modules[module], dtype)
+        return own
+
+    def _base(self, name: str) -> Any:
+        """The base's own module at a path, under whatever the engine put around it."""
+        module = self._model.get_submodule(name)
+        while isinstance(module, AdapterModule | AdapterLinear):
+            module = module.base
+        return module
+
+
+def _resident_pair(
+    base: Any,
+    name: str,
+    pair: LoraPair | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ResidentPair:
+    """Lays out the update of one linear layer. All is computed in float32, and rounded last."""
+    old = getattr(base, "bias", None)
+    if bias is not None and old is None:
+        raise AdapterError(f"the adapter brings a bias for {name}, which has none in this base")
+    gain = offset = a = b_t = None
+    if pair is not None:
+        b = pair.b.to(device, torch.float32) * pair.scaling
+        if pair.magnitude is not None:
+            gain = dora_gain(dense_weight(base, name), pair)
+            b = b * gain[:, None]
+        a = pair.a.to(device, dtype).contiguous()
+        b_t = b.to(dtype).t().contiguous()
+        if pair.b_bias is not None:
+            offset = pair.b_bias.to(device, torch.float32) * pair.scaling
+    if old is not None and (gain is not None or bias is not None):
+        # The base's output holds its bias, times the gain by now: out with it, in with the new.
+        held = old.detach().float()
+        new = held if bias is None else bias.to(device, torch.float32)
+        change = new - (held if gain is None else held * gain)
+        offset = change if offset is None else offset + change
+    return ResidentPair(a, b_t, gain, offset)
+
+
+def _embedding_update(base: Any, pair: LoraPair, dtype: torch.dtype) -> EmbeddingUpdate:
+    """Lays out the update of an embedding, whose effective weight is [hidden, vocabulary]."""
+    device = base.weight.device
+    b = pair.b.to(device, torch.float32) * pair.scaling
+    gain = None
+    if pair.magnitude is not None:
+        gain = dora_gain(base.weight.detach().float().t(), pair)
+        b = b * gain[:, None]
+    # Gemma's embeddings are multiplied by the root of the width, after the look-up.
+    b = b * float(getattr(base, "embed_scale", 1.0))
+    return EmbeddingUpdate(
+        a_t=pair.a.to(device, dtype).t().contiguous(), b_t=b.to(dtype).t().contiguous(), gain=gain
+    )
+
+
+def _own_bytes(functions: Iterable[RowFunction], base: Any) -> int:
+    """Bytes that these hold and the base does not; a tensor that two share counts once."""
+    held: dict[int, int] = {}
+    for function in functions:
+        if isinstance(function, OwnModule):
+            tensors: list[Tensor] = list(function.module.parameters())
+        else:
+            assert isinstance(function, EmbeddingUpdate)
+            tensors = [t for t in (function.a_t, function.b_t, function.gain) if t is not None]
+        held |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    return sum(size for pointer, size in held.items() if pointer not in shared)
 
 
 def linear_names(skeleton: Any) -> list[str]:
@@ -129,3 +323,34 @@ def rows_by_adapter(
                 ranges.append((first, last, adapter))
         first = last
     return ranges
+
+
+def to_blocks(b_t: Tensor) -> Tensor:
+    """[rank, out_features] → [out_features / 16 rounded up, rank, 16], filled up with zeros."""
+    rank, out = b_t.shape
+    padded = F.pad(b_t, (0, -out % _BLOCK))
+    return padded.view(rank, -1, _BLOCK).transpose(0, 1).contiguous()
+
+
+def from_blocks(blocks: Tensor, out_features: int) -> Tensor:
+    """The inverse of `to_blocks`: [rank, out_features]."""
+    return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)[:, :out_features]
+
+
+def native_updates(rows: list[tuple[int, int, ResidentAdapter]]) -> NativeUpdates | None:
+    """The step's plain updates for the kernels; None when no row has an adapter."""
+    if not rows:
+        return None
+    # [layers, groups], so that a layer's groups lie side by side.
+    groups = np.stack([adapter.native_table for *_, adapter in rows], axis=1)
+    groups["first"] = [first for first, *_ in rows]
+    groups["last"] = [last for _, last, _ in rows]
+    sizes = (groups["last"] - groups["first"]) * groups["rank"]
+    return NativeUpdates(
+        groups=groups.ctypes.data,
+        count=len(rows),
+        stride=groups.strides[0],
+        low=torch.empty(int(sizes.sum(axis=1).max())),
+        leaves_some=not all(adapter.is_plain for *_, adapter in rows),
+        keep=groups,
+    )

@@ -11,7 +11,12 @@ from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.serve.engine.attention import SequenceCache, Span, StepContext, attach
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import use_fast_linears
-from qlora_serve.serve.engine.lora import AdapterLayers, linear_names, rows_by_adapter
+from qlora_serve.serve.engine.lora import (
+    AdapterLayers,
+    linear_names,
+    native_updates,
+    rows_by_adapter,
+)
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import make_generator, sample
 from qlora_serve.serve.engine.scheduler import Chunk
@@ -79,6 +84,9 @@ class Runner:
         context.output_rows = rows_by_adapter(
             [(1, c.sequence.request.adapter) for c in chunks if c.samples]
         )
+        if context.kernels is not None:
+            context.adapter_updates = native_updates(context.adapter_rows)
+            context.output_updates = native_updates(context.output_rows)
         output = self.base.model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),

@@ -51,18 +51,60 @@ inline void add_scaled(float* y, const float* x, float factor, int64_t n) {
   for (; i < n; ++i) y[i] += x[i] * factor;
 }
 
+// Where a tile's weights come from: 16 neighbours of one output's row, as floats.
+struct FloatWeights {
+  const float* w;  // [out, in]
+  int64_t in;
+
+  Vector at(int64_t o, int64_t i) const { return load(w + o * in + i); }
+  float one(int64_t o, int64_t i) const { return w[o * in + i]; }
+  void prefetch(int64_t o, int64_t i) const { __builtin_prefetch(w + o * in + i); }
+};
+
+// NF4 (arXiv:2305.14314) as bitsandbytes stores it: two codes a byte, the first in the high half, and
+// a scale for each 64 weights. `in` is a multiple of 64.
+struct Nf4Weights {
+  const uint8_t* codes;  // [out, in / 2]
+  const float* scales;   // [out, in / 64]
+  const float* table;    // [16]
+  int64_t in;
+
+  Vector at(int64_t o, int64_t i) const {
+    typedef uint64_t Longs __attribute__((vector_size(64)));
+    typedef int32_t Ints __attribute__((vector_size(64)));
+    uint64_t eight;  // bytes: the codes of 16 weights
+    std::memcpy(&eight, codes + (o * in + i) / 2, sizeof eight);
+    const Longs first = {4, 12, 20, 28, 36, 44, 52, 60}, second = {0, 8, 16, 24, 32, 40, 48, 56};
+    const Longs all = Longs{} + eight;
+    // A lane of 64 bits holds two neighbours, the first in its lower half.
+    const Longs pairs = ((all >> first) & 15) | (((all >> second) & 15) << 32);
+    Ints index;
+    std::memcpy(&index, &pairs, sizeof index);
+#if defined(__clang__)
+    Vector value;
+    for (int64_t j = 0; j < kWidth; ++j) value[j] = table[index[j]];
+#else
+    const Vector value = __builtin_shuffle(load(table), index);
+#endif
+    return value * scales[(o * in + i) / 64];
+  }
+  float one(int64_t, int64_t) const { return 0; }  // `in` leaves no rest
+  void prefetch(int64_t, int64_t) const {}
+};
+
 // ROWS inputs times OUTS weight rows, with every partial sum in a register.
-template <int ROWS, int OUTS>
-inline void tile(const float* x, int64_t in, const float* w, const float* bias, float* y,
-                 int64_t out, int64_t first) {
+template <int ROWS, int OUTS, typename Weights>
+inline void tile(const float* x, const Weights& w, const float* bias, float* y, int64_t out,
+                 int64_t first) {
+  const int64_t in = w.in;
   Vector partial[OUTS][ROWS] = {};
   int64_t i = 0;
   for (; i + kWidth <= in; i += kWidth) {
     Vector weights[OUTS];
     for (int o = 0; o < OUTS; ++o) {
-      weights[o] = load(w + (first + o) * in + i);
+      weights[o] = w.at(first + o, i);
       // The next tile's weights: the processor's own prefetching does not see that far.
-      __builtin_prefetch(w + (first + o + OUTS) * in + i);
+      w.prefetch(first + o + OUTS, i);
     }
     for (int r = 0; r < ROWS; ++r) {
       const Vector input = load(x + r * in + i);
@@ -72,82 +114,123 @@ inline void tile(const float* x, int64_t in, const float* w, const float* bias, 
   for (int o = 0; o < OUTS; ++o)
     for (int r = 0; r < ROWS; ++r) {
       float s = sum(partial[o][r]);
-      for (int64_t j = i; j < in; ++j) s += w[(first + o) * in + j] * x[r * in + j];
+      for (int64_t j = i; j < in; ++j) s += w.one(first + o, j) * x[r * in + j];
       y[r * out + first + o] = s + (bias ? bias[first + o] : 0.0f);
     }
 }
 
-template <int ROWS>
-void outputs(const float* x, int64_t in, const float* w, const float* bias, float* y, int64_t out,
+template <int ROWS, typename Weights>
+void outputs(const float* x, const Weights& w, const float* bias, float* y, int64_t out,
              int64_t first, int64_t last) {
   // As many weight rows at a time as leave the partial sums in 32 registers.
   constexpr int kOuts = ROWS <= 2 ? 8 : ROWS <= 4 ? 6 : ROWS <= 6 ? 4 : 3;
-  for (; first + kOuts <= last; first += kOuts) tile<ROWS, kOuts>(x, in, w, bias, y, out, first);
-  for (; first < last; ++first) tile<ROWS, 1>(x, in, w, bias, y, out, first);
+  for (; first + kOuts <= last; first += kOuts) tile<ROWS, kOuts>(x, w, bias, y, out, first);
+  for (; first < last; ++first) tile<ROWS, 1>(x, w, bias, y, out, first);
 }
 
-void outputs_of_rows(const float* x, int64_t rows, int64_t in, const float* w, const float* bias,
-                     float* y, int64_t out, int64_t first, int64_t last) {
-  for (; rows >= 8; rows -= 8, x += 8 * in, y += 8 * out)
-    outputs<8>(x, in, w, bias, y, out, first, last);
+template <typename Weights>
+void outputs_of_rows(const float* x, int64_t rows, const Weights& w, const float* bias, float* y,
+                     int64_t out, int64_t first, int64_t last) {
+  for (; rows >= 8; rows -= 8, x += 8 * w.in, y += 8 * out)
+    outputs<8>(x, w, bias, y, out, first, last);
   switch (rows) {
-    case 7: return outputs<7>(x, in, w, bias, y, out, first, last);
-    case 6: return outputs<6>(x, in, w, bias, y, out, first, last);
-    case 5: return outputs<5>(x, in, w, bias, y, out, first, last);
-    case 4: return outputs<4>(x, in, w, bias, y, out, first, last);
-    case 3: return outputs<3>(x, in, w, bias, y, out, first, last);
-    case 2: return outputs<2>(x, in, w, bias, y, out, first, last);
-    case 1: return outputs<1>(x, in, w, bias, y, out, first, last);
+    case 7: return outputs<7>(x, w, bias, y, out, first, last);
+    case 6: return outputs<6>(x, w, bias, y, out, first, last);
+    case 5: return outputs<5>(x, w, bias, y, out, first, last);
+    case 4: return outputs<4>(x, w, bias, y, out, first, last);
+    case 3: return outputs<3>(x, w, bias, y, out, first, last);
+    case 2: return outputs<2>(x, w, bias, y, out, first, last);
+    case 1: return outputs<1>(x, w, bias, y, out, first, last);
     default: return;
   }
 }
 
-constexpr int64_t kChunk = 48;  // outputs that one thread computes at a time
+constexpr int64_t kChunk = 48;  // outputs that one thread computes at a time; a multiple of 16
+
+// The rows of one adapter, and its update of this layer: y[first:last] += (x aᵀ) b. Rank 0: none.
+struct AdapterRows {
+  int64_t first, last, rank;
+  const float* a;  // [rank, in]
+  const float* b;  // [out / 16 rounded up, rank, 16], with the scaling in it: read in one sweep
+};
+
+// A piece of the low-rank products: some components of one group.
+struct LowItem {
+  int64_t group, first, last, offset;
+};
+
+// Adds one group's update of the `width` outputs from `at`, a multiple of 16.
+inline void add_update(const AdapterRows& group, const float* low, float* y, int64_t out,
+                       int64_t at, int64_t width) {
+  const float* b = group.b + at * group.rank;
+  for (int64_t row = group.first; row < group.last; ++row, low += group.rank) {
+    Vector total = {};
+    for (int64_t r = 0; r < group.rank; ++r) total += load(b + r * kWidth) * low[r];
+    float* to = y + row * out + at;
+    if (width == kWidth) {
+      store(to, load(to) + total);
+    } else {
+      for (int64_t j = 0; j < width; ++j) to[j] += total[j];
+    }
+  }
+}
+
+constexpr int64_t kLowChunk = 8;
+
+// y = x wᵀ + bias, plus each adapter's update of its own rows; see linear_f32.
+template <typename Weights>
+void linear(const float* x, int64_t rows, const Weights& w, const float* bias, float* y,
+            int64_t out, const AdapterRows* groups, int64_t count, float* low) {
+  const int64_t in = w.in;
+  std::vector<LowItem> items;
+  std::vector<int64_t> offsets(count);
+  for (int64_t g = 0, offset = 0; g < count; ++g) {
+    offsets[g] = offset;
+    for (int64_t first = 0; first < groups[g].rank; first += kLowChunk)
+      items.push_back({g, first, std::min(first + kLowChunk, groups[g].rank), offset});
+    offset += (groups[g].last - groups[g].first) * groups[g].rank;
+  }
+#pragma omp parallel
+  {
+    if (!items.empty()) {
+#pragma omp for schedule(static)
+      for (size_t i = 0; i < items.size(); ++i) {
+        const LowItem& item = items[i];
+        const AdapterRows& group = groups[item.group];
+        outputs_of_rows(x + group.first * in, group.last - group.first,
+                        FloatWeights{group.a, in}, nullptr, low + item.offset, group.rank,
+                        item.first, item.last);
+      }
+    }
+    // Dynamic: on a shared machine one core may be slower than the other for a while.
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < (out + kChunk - 1) / kChunk; ++chunk) {
+      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, out);
+      outputs_of_rows(x, rows, w, bias, y, out, first, last);
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t at = first; groups[g].rank > 0 && at < last; at += kWidth)
+          add_update(groups[g], low + offsets[g], y, out, at, std::min(kWidth, last - at));
+    }
+  }
+}
 
 }  // namespace
 
 extern "C" {
-
-// The rows of one adapter, and its update of this layer: y[first:last] += (x aᵀ) b.
-struct AdapterRows {
-  int64_t first, last, rank;
-  const float* a;  // [rank, in]
-  const float* b;  // [rank, out], with the scaling in it
-};
 
 // y = x wᵀ + bias, plus each adapter's update of its own rows.
 //   x [rows, in], w [out, in], bias [out] or null, y [rows, out]
 //   groups [count]; low: scratch for the sum over groups of (last - first) * rank floats
 void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const float* bias,
                 float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
-  std::vector<int64_t> offsets(count + 1, 0);
-  for (int64_t g = 0; g < count; ++g)
-    offsets[g + 1] = offsets[g] + (groups[g].last - groups[g].first) * groups[g].rank;
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < offsets[count]; ++item) {
-      const int64_t g =
-          std::upper_bound(offsets.begin(), offsets.end(), item) - offsets.begin() - 1;
-      const AdapterRows& group = groups[g];
-      const int64_t row = group.first + (item - offsets[g]) / group.rank;
-      const int64_t component = (item - offsets[g]) % group.rank;
-      low[item] = dot(group.a + component * in, x + row * in, in);
-    }
-    // Dynamic: on a shared machine one core may be slower than the other for a while.
-#pragma omp for schedule(dynamic)
-    for (int64_t chunk = 0; chunk < (out + kChunk - 1) / kChunk; ++chunk) {
-      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, out);
-      outputs_of_rows(x, rows, in, w, bias, y, out, first, last);
-      for (int64_t g = 0; g < count; ++g) {
-        const AdapterRows& group = groups[g];
-        const float* factors = low + offsets[g];
-        for (int64_t row = group.first; row < group.last; ++row, factors += group.rank)
-          for (int64_t r = 0; r < group.rank; ++r)
-            add_scaled(y + row * out + first, group.b + r * out + first, factors[r], last - first);
-      }
-    }
-  }
+  linear(x, rows, FloatWeights{w, in}, bias, y, out, groups, count, low);
+}
+
+// The same for NF4 weights: codes [out, in / 2], scales [out, in / 64], table [16].
+void linear_nf4(const float* x, int64_t rows, int64_t in, const uint8_t* codes,
+                const float* scales, const float* table, const float* bias, float* y, int64_t out,
+                const AdapterRows* groups, int64_t count, float* low) {
+  linear(x, rows, Nf4Weights{codes, scales, table, in}, bias, y, out, groups, count, low);
 }
 
 // One new token of one sequence.

@@ -46,6 +46,12 @@ class Kernels:
         self.linear.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
         ]  # fmt: skip
+        self.linear_nf4 = library.linear_nf4
+        self.linear_nf4.restype = None
+        self.linear_nf4.argtypes = [
+            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
+            _POINTER, _INT, _POINTER,
+        ]  # fmt: skip
         self.decode_attention = library.decode_attention_f32
         self.decode_attention.restype = None
         self.decode_attention.argtypes = [
