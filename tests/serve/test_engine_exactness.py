@@ -12,7 +12,9 @@ from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.weights import load_weights
 from qlora_serve.base.load import load_base
+from qlora_serve.serve.engine import runner as runner_module
 from qlora_serve.serve.engine.engine import Engine
+from qlora_serve.serve.engine.linear import NativeLinear
 from qlora_serve.serve.engine.request import (
     Delta,
     Event,
@@ -49,10 +51,13 @@ def family(request, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     return base, adapters
 
 
+@pytest.mark.parametrize("by", ["kernels", "torch"])
 @torch.inference_mode()
-def test_mixed_batch_matches_each_adapter_alone(family) -> None:
+def test_mixed_batch_matches_each_adapter_alone(family, by, monkeypatch) -> None:
     """Prefill in chunks, then decode, base and five adapters in every step."""
     base, paths = family
+    if by == "torch":  # what every other device and dtype computes with
+        monkeypatch.setattr(runner_module, "load_kernels", lambda: None)
     runner = Runner(load_base(str(base), dtype="float32"))
     fit = FitChecker(runner.base.source)
     residents = {
@@ -61,6 +66,8 @@ def test_mixed_batch_matches_each_adapter_alone(family) -> None:
     }
     # Longer than the sliding window of the windowed families (24).
     lengths = {"base": 33, "plain": 5, "rs": 41, "patterns": 12, "few": 30, "dora": 26}
+    is_native = any(isinstance(m, NativeLinear) for m in runner.base.model.modules())
+    assert is_native == (by == "kernels")
     found = mixed_rows(runner, residents, lengths)
     # The comparison could not fail if the adapters did nothing.
     check_against_peft(base, paths, found, TOLERANCE, differs_by=0.1)

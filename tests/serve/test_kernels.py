@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qlora_serve.serve.engine.linear as linear_module
 from qlora_serve.serve.engine.attention import (
     SequenceCache,
     Span,
@@ -177,3 +178,13 @@ def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
         assert _close(model(hidden), expected)
         many = torch.randn(1, NATIVE_ROWS + 1, 128)
         assert _close(model(many)[:, :rows], model(many[:, :rows]))
+
+
+def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:
+    """The trial decides; which way it goes depends on the processor, so both ways are forced."""
+    monkeypatch.delenv("QLORA_SERVE_NATIVE")
+    for is_faster, expected in ((False, nn.Linear), (True, FastLinear)):
+        monkeypatch.setattr(linear_module, "_is_faster", lambda layer, said=is_faster: said)
+        model = nn.Sequential(nn.Linear(64, 48))
+        use_fast_linears(model, kernels)
+        assert type(model[0]) is expected

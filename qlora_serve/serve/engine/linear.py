@@ -1,5 +1,8 @@
 """The base's linear layers, by the fastest kernel for the number of rows."""
 
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_serve.serve.engine.kernels.native import Kernels
+from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 
 # Above this many rows torch's own product is at least as fast (docs/performance.md).
 NATIVE_ROWS = 48
 
 _NF4_BLOCK = 64
+_TRIAL_ROWS = 8
+_TRIALS = 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,17 @@ class FastNf4Linear(NativeLinear):
 
 
 def use_fast_linears(model: Any, kernels: Kernels) -> None:
-    """Replaces a model's float32 and NF4 linear layers in place; others stay as they are."""
-    for name, module in list(model.named_modules()):
+    """Replaces a model's float32 and NF4 linear layers in place; others stay as they are.
+
+    All stay where a short trial shows that torch's own product is faster: the kernel keeps its
+    partial sums in 32 wide registers, and is slow on a processor that has fewer.
+    """
+    modules = dict(model.named_modules())
+    plain = next((module for module in modules.values() if _is_plain(module)), None)
+    if plain is not None and not (are_forced() or _is_faster(FastLinear(plain, kernels))):
+        log.info("torch's own linear layers are faster here than the native kernel")
+        return
+    for name, module in modules.items():
         fast: NativeLinear
         if _is_plain(module):
             fast = FastLinear(module, kernels)
@@ -147,6 +163,24 @@ def use_fast_linears(model: Any, kernels: Kernels) -> None:
             continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fast)
+
+
+def _is_faster(layer: FastLinear) -> bool:
+    """Whether the kernel beats torch on a batch of eight rows."""
+    hidden = torch.randn(1, _TRIAL_ROWS, layer.in_features)
+
+    def shortest(product: Callable[[Tensor], Tensor]) -> float:
+        times = []
+        for _ in range(_TRIALS):
+            start = time.perf_counter()
+            product(hidden)
+            times.append(time.perf_counter() - start)
+        return min(times)  # the least disturbed
+
+    with torch.inference_mode():
+        by_kernel, by_torch = shortest(layer), shortest(layer.by_torch)
+    # Near a tie the kernel stays: it adds the adapters' updates in the same sweep.
+    return by_kernel < 1.25 * by_torch
 
 
 def _is_plain(module: Any) -> bool:

@@ -20,7 +20,7 @@ _SOURCE = Path(__file__).with_name("kernels.cpp")
 # number, and on some systems changes how the whole process treats tiny numbers.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 _SWITCH = "QLORA_SERVE_NATIVE"
-"""Set to 0 to use torch's own operators everywhere."""
+"""0 uses torch's own operators everywhere, `always` the kernels even where they are slower."""
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -60,10 +60,15 @@ class Kernels:
         ]  # fmt: skip
 
 
+def are_forced() -> bool:
+    """Whether the kernels are to be used without asking whether they are faster here."""
+    return os.environ.get(_SWITCH) == "always"
+
+
 @cache
 def load_kernels() -> Kernels | None:
     """The kernels, built when this machine has not built them yet; None where that fails."""
-    if os.environ.get(_SWITCH, "1") == "0":
+    if os.environ.get(_SWITCH) == "0":
         return None
     try:
         return Kernels(ctypes.CDLL(str(_built())))
