@@ -1,0 +1,50 @@
+"""All linear layers of SmolLM2-135M once, by different kernels, in turns: milliseconds by rows.
+
+    .venv/bin/python benchmarks/linear.py
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_serve.serve.engine.kernels.native import load_kernels
+from qlora_serve.serve.engine.linear import FastLinear
+
+LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+SHAPES = [shape for _ in range(30) for shape in LAYER] + [(49152, 576)]
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROUNDS = 9
+
+
+def main() -> None:
+    """Prints a line for each number of rows."""
+    kernels = load_kernels()
+    assert kernels is not None, "the native kernels could not be built"
+    layers = [FastLinear(nn.Linear(i, o, bias=False), kernels) for o, i in SHAPES]
+    ways: dict[str, Callable[[FastLinear, Tensor], Tensor]] = {
+        "F.linear": lambda layer, x: F.linear(x, layer.weight),
+        "mm(W, x^T)": lambda layer, x: torch.mm(layer.weight, x[0].t()).t().contiguous(),
+        # Called directly, so that it is measured also where the engine would not use it.
+        "native": lambda layer, x: layer.updated(x, None, 0),
+    }
+    print("rows  " + "  ".join(f"{name:>10}" for name in ways))
+    with torch.inference_mode():
+        for rows in ROWS:
+            inputs = {width: torch.randn(1, rows, width) for width in (576, 1536)}
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(ROUNDS):
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    for layer in layers:
+                        way(layer, inputs[layer.in_features])
+                    times[name].append((time.perf_counter() - start) * 1e3)
+            medians = "  ".join(f"{statistics.median(t):10.1f}" for t in times.values())
+            print(f"{rows:>4}  {medians}")
+
+
+if __name__ == "__main__":
+    main()
