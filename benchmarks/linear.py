@@ -1,6 +1,6 @@
 """All linear layers of SmolLM2-135M once, by different kernels, in turns: milliseconds by rows.
 
-    .venv/bin/python benchmarks/linear.py
+.venv/bin/python benchmarks/linear.py
 """
 
 import statistics
