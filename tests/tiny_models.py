@@ -93,9 +93,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-_tokenizer = tiny_tokenizer
-
-
 def write_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     """Writes a tiny random model of a family, in float32, and returns its directory."""
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """The native kernels against torch's own operators."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,8 +33,10 @@ TOLERANCE = 1e-5  # sums of at most 600 products of unit-size numbers, relative 
 
 @pytest.fixture(scope="module")
 def kernels():
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler here; torch's operators are used instead")
     loaded = load_kernels()
-    assert loaded is not None, "this machine has g++, so the kernels must build"
+    assert loaded is not None, "there is a compiler, so the kernels must build"
     return loaded
 
 
