@@ -22,8 +22,8 @@ from qlora_serve.settings import parse_bytes
 
 _FREE_MEMORY_SHARE = 0.25
 _GRACEFUL_SECONDS = 10
-# On a CPU a step of 256 tokens is already as fast a token as a longer one, and a request that
-# comes waits for at most one step.
+# On a CPU a step of 256 tokens takes a good part of a second, and a request that comes waits for
+# the one that is running.
 _STEP_TOKENS = (256, 2048)
 
 
