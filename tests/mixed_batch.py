@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.weights import load_weights
+from qlora_serve.serve.engine.blocks import BlockManager
 from qlora_serve.serve.engine.request import GenerationRequest, Sampling, Sequence
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import Chunk
+from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Chunk, Limits
 
 
 @dataclass
@@ -60,6 +61,14 @@ def mixed_rows(
         )
         for name, length in lengths.items()
     }
+    limits = runner.allocate(Limits(len(sequences), 400 * len(sequences), 64, 400))
+    blocks = BlockManager(limits.groups, BLOCK_TOKENS)
+    for sequence in sequences.values():
+        prompt = sequence.request.prompt
+        start = blocks.begin(sequence.request.request_id, prompt, [0] * len(limits.windows), 64)
+        assert start is not None
+        sequence.blocks = start.table
+        assert blocks.extend(sequence.blocks, sequence.length + decode)
     first = [Chunk(s, 0, len(s.request.prompt) // 2) for s in sequences.values()]
     runner.forward(first)
     second = []

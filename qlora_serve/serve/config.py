@@ -38,6 +38,9 @@ class ServeSettings(Settings):
     tokens. 256 on a CPU and 2048 on a GPU when left out."""
     kv_memory: str = "auto"
     """Memory for keys and values, such as 2GB; auto takes a quarter of what is free."""
+    prefix_cache: bool = True
+    """Take over the keys and values of a prompt that begins like an earlier one, computed with the
+    same adapter at the same scale."""
 
     @field_validator("adapter", mode="before")
     @classmethod

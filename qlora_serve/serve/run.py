@@ -2,6 +2,8 @@
 
 import logging
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from qlora_serve.adapters.files import read_adapter
@@ -17,7 +19,7 @@ from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.engine.engine import Engine
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import Limits
+from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
 from qlora_serve.settings import parse_bytes
 
 _FREE_MEMORY_SHARE = 0.25
@@ -73,7 +75,7 @@ def build_service(settings: ServeSettings) -> Service:
             for done, (name, path) in enumerate(paths.items(), 1):
                 adapter = registry.load(name, path)
                 bar.update(done, f"{name} {adapter.identity[7:19]}")
-    return Service(base, Engine(runner, _limits(settings, base)), registry)
+    return Service(base, Engine(runner, _limits(settings, runner)), registry)
 
 
 def _adapter_paths(settings: ServeSettings) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def _adapter_paths(settings: ServeSettings) -> dict[str, Any]:
     return paths
 
 
-def _limits(settings: ServeSettings, base: LoadedBase) -> Limits:
+def _limits(settings: ServeSettings, runner: Runner) -> Limits:
+    base = runner.base
     config = base.model.config.get_text_config()
     trained_for = int(config.max_position_embeddings)
     longest = settings.max_model_len or trained_for
@@ -99,25 +102,41 @@ def _limits(settings: ServeSettings, base: LoadedBase) -> Limits:
             f"--max-model-len {longest} is more than the {trained_for} tokens that the base was "
             "trained for"
         )
-    tokens = max(1, _kv_bytes(settings, base) // kv_bytes_per_token(base))
-    if tokens < 2:
-        raise ConfigError(
-            f"--kv-memory {settings.kv_memory} does not hold two tokens; "
-            f"one takes {kv_bytes_per_token(base)} bytes"
-        )
     step_tokens = settings.max_step_tokens or _STEP_TOKENS[base.device.type != "cpu"]
-    return Limits(settings.max_sequences, tokens, step_tokens, longest)
+    limits = Limits(
+        settings.max_sequences, 0, step_tokens, longest, runner.windows, settings.prefix_cache
+    )
+    limits = limits_within(limits, _kv_bytes(settings, base), runner.token_bytes)
+    if limits.longest < 2:
+        one = sum(map(runner.token_bytes, runner.windows)) * BLOCK_TOKENS
+        raise ConfigError(
+            f"--kv-memory {settings.kv_memory} does not hold one block of {BLOCK_TOKENS} tokens, "
+            f"which takes {one} bytes"
+        )
+    return limits
 
 
-def kv_bytes_per_token(base: LoadedBase) -> int:
-    """Bytes of keys and values that one token takes over all layers."""
-    import torch
+def limits_within(limits: Limits, memory: int, token_bytes: Callable[[int | None], int]) -> Limits:
+    """The limits with as many tokens in the cache as `memory` bytes hold.
 
-    config = base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = torch.empty(0, dtype=getattr(torch, base.dtype)).element_size()
-    return int(2 * config.num_hidden_layers * heads * width * item)
+    Args:
+        limits: of which `cache_tokens` is to be found.
+        memory: bytes for keys and values.
+        token_bytes: bytes of one token in all layers of a window.
+    """
+
+    def takes(tokens: int) -> int:
+        trial = replace(limits, cache_tokens=tokens)
+        return sum(
+            group.blocks * BLOCK_TOKENS * token_bytes(group.window) for group in trial.groups
+        )
+
+    # More than this never pays: windowed layers are full by then, and others take the memory.
+    low, high = 0, memory // max(1, token_bytes(None)) + limits.max_sequences * limits.max_length
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if takes(middle) <= memory else (low, middle - 1)
+    return replace(limits, cache_tokens=low)
 
 
 def _kv_bytes(settings: ServeSettings, base: LoadedBase) -> int:

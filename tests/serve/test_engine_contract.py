@@ -92,7 +92,7 @@ def test_abort_ends_once_and_gives_the_place_back(engine) -> None:
         assert inbox.ending()[1].reason == "length"
     # Ids can be used again, and nothing is left behind.
     assert _submit(engine, "r0").ending()[1].reason == "length"
-    assert engine.scheduler.reserved_tokens == 0
+    assert engine.scheduler.blocks.used == 0
 
 
 def test_what_can_never_run_is_refused_with_the_numbers(engine) -> None:
@@ -123,11 +123,11 @@ def test_a_fault_in_a_step_fails_its_requests_once_and_the_engine_goes_on(
     real = runner.run
     broke = threading.Event()
 
-    def breaks_once(chunks):
+    def breaks_once(step):
         if not broke.is_set():
             broke.set()
             raise RuntimeError("out of memory")
-        return real(chunks)
+        return real(step)
 
     monkeypatch.setattr(runner, "run", breaks_once)
     _, ending = _submit(engine, "hit").ending()

@@ -1,6 +1,7 @@
 """The native kernels against torch's own operators."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from torch import nn
 
 import qlora_serve.serve.engine.linear as linear_module
 from qlora_serve.serve.engine.attention import (
-    SequenceCache,
+    DecodeRows,
+    KvCache,
+    LayerShape,
     Span,
     StepContext,
     attach_context,
@@ -106,23 +109,31 @@ def test_attention_equals_torch_for_decoding_and_prompts_mixed(
     query = torch.randn(1, total, heads, dim).transpose(1, 2)
     key, value = (torch.randn(1, total, kv_heads, dim).transpose(1, 2) for _ in range(2))
     pasts = [torch.randn(2, kv_heads, start, dim) for start in starts]
+    shapes = {0: LayerShape(kv_heads, dim, torch.float32, torch.device("cpu"), window)}
 
-    def fresh(with_kernels: bool) -> StepContext:
+    def fresh(with_kernels: bool) -> tuple[StepContext, list[Span]]:
+        """The past in scattered blocks, as a long-running server has them."""
         context = StepContext(kernels=kernels if with_kernels else None)
-        first = 0
+        context.cache = KvCache(shapes, [window], [32])
+        order = list(range(32))
+        random.Random(3).shuffle(order)
+        spans, first = [], 0
         for start, count, past in zip(starts, counts, pasts, strict=True):
-            cache = SequenceCache()
+            table = [order.pop() for _ in range((start + count + 15) // 16)]
             if start:
-                cache.write(0, 0, past[0], past[1])
-            context.spans.append(Span(first, first + count, start, cache))
+                context.cache.write(0, Span(0, start, 0, [table]), past[0], past[1])
+            spans.append(Span(first, first + count, start, [table]))
             first += count
-        return context
+        context.spans = [s for s in spans if s.last - s.first > 1 or not with_kernels]
+        if with_kernels:
+            context.decoding = DecodeRows([s for s in spans if s not in context.spans], 1)
+        return context, spans
 
     found = []
     for with_kernels in (True, False):
         module = nn.Module()
         module.layer_idx = 0
-        context = fresh(with_kernels)
+        context, spans = fresh(with_kernels)
         attach_context(module, context)
         found.append(
             attention(
@@ -131,10 +142,10 @@ def test_attention_equals_torch_for_decoding_and_prompts_mixed(
             )[0]
         )  # fmt: skip
         # What was stored serves the next step.
-        for span in context.spans:
-            stored = span.cache.room(0, 1, key[0])
-            assert torch.equal(stored[0, :, span.start], key[0, :, span.first])
-            assert torch.equal(stored[1, :, span.start], value[0, :, span.first])
+        for span in spans:
+            store = context.cache.layers[0][span.blocks[0][span.start // 16]]
+            assert torch.equal(store[0, :, span.start % 16], key[0, :, span.first])
+            assert torch.equal(store[1, :, span.start % 16], value[0, :, span.first])
     assert found[0].shape == (1, total, heads, dim)
     assert (found[0] - found[1]).abs().max() < TOLERANCE
     expected = attend(

@@ -54,7 +54,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 
 def _sampling(body: ChatRequest, prompt_tokens: int, service: Service) -> Sampling:
     limits = service.engine.limits
-    room = min(limits.max_length, limits.cache_tokens) - prompt_tokens
+    room = limits.longest - prompt_tokens
     if room <= 0:
         reason = limits.refusal(prompt_tokens, 1)
         raise RequestError(str(reason), param="messages")

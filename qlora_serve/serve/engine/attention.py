@@ -5,18 +5,21 @@ it after its projections, norms and rotary embedding. A step's tokens come flat,
 tokens of every sequence one after the other, so nothing is padded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora_serve.serve.engine.blocks import Copy
 from qlora_serve.serve.engine.kernels.native import DecodeRow, Kernels
+from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS
 
 ATTENTION_NAME = "qlora_serve"
-_GROWTH = 128  # tokens; a cache grows by at least this much, so that few steps copy
 
 # What models hand to their attention function besides queries, keys and values. Anything else
 # that is set means an architecture whose attention this is not: refused, never ignored.
@@ -27,55 +30,74 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-class SequenceCache:
-    """Keys and values of one sequence, a contiguous tensor a layer that grows when it must."""
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer's attention asks for, found by running it once."""
 
-    def __init__(self) -> None:
-        self._layers: dict[int, Tensor] = {}
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None
 
-    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new tokens from position `start`, and returns all keys and values up to them.
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-        Args:
-            layer: the layer's index.
-            start: the position of the first new token.
-            keys: [kv_heads, new, head_dim]
-            values: [kv_heads, new, head_dim]
+
+class KvCache:
+    """Keys and values of all layers, in the blocks that the scheduler gives out.
+
+    A layer has one tensor [blocks, 2, kv_heads, BLOCK_TOKENS, head_dim]: a block's keys, then its
+    values. On Linux memory that was never written to takes no room.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[int, LayerShape],
+        windows: Sequence[int | None],
+        blocks: Sequence[int],
+    ) -> None:
+        self.group = {layer: windows.index(shape.window) for layer, shape in shapes.items()}
+        self.layers = {
+            layer: torch.empty(
+                blocks[self.group[layer]], 2, shape.kv_heads, BLOCK_TOKENS, shape.head_dim,
+                dtype=shape.dtype, device=shape.device,
+            )
+            for layer, shape in shapes.items()
+        }  # fmt: skip
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copies whole blocks, one after the other: a later one may read what was written."""
+        for one in copies:
+            for layer, store in self.layers.items():
+                if self.group[layer] == one.group:
+                    store[one.target] = store[one.source]
+
+    def write(self, layer: int, span: "Span", keys: Tensor, values: Tensor) -> None:
+        """Stores the keys and values [kv_heads, new, head_dim] of a span's tokens."""
+        store = self.layers[layer]
+        blocks, offsets = span.places(self.group[layer], store.device)
+        store[blocks, 0, :, offsets] = keys.transpose(0, 1)
+        store[blocks, 1, :, offsets] = values.transpose(0, 1)
+
+    def read(self, layer: int, span: "Span", window: int | None) -> tuple[Tensor, Tensor, int]:
+        """What a span's queries may see, its own tokens included.
 
         Returns:
-            Views of [kv_heads, start + new, head_dim] each.
+            Keys and values [kv_heads, tokens, head_dim], and the position of the first of them.
         """
-        end = start + keys.shape[1]
-        store = self.room(layer, end, keys)
-        store[0, :, start:end] = keys
-        store[1, :, start:end] = values
-        return store[0, :, :end], store[1, :, :end]
-
-    def room(self, layer: int, end: int, like: Tensor) -> Tensor:
-        """The store [2, kv_heads, capacity, head_dim] of a layer, grown to hold `end` tokens.
-
-        Args:
-            layer: the layer's index.
-            end: tokens that must fit.
-            like: [kv_heads, any, head_dim], for shape, dtype and device.
-        """
-        store = self._layers.get(layer)
-        if store is None or store.shape[2] < end:
-            store = self._grow(layer, store, end, like)
-        return store
-
-    def _grow(self, layer: int, old: Tensor | None, end: int, like: Tensor) -> Tensor:
-        held = 0 if old is None else old.shape[2]
-        capacity = max(end, held * 3 // 2)
-        capacity = (capacity + _GROWTH - 1) // _GROWTH * _GROWTH
-        new = like.new_empty(2, like.shape[0], capacity, like.shape[2])
-        if old is not None:
-            new[:, :, :held] = old
-        self._layers[layer] = new
-        return new
+        store = self.layers[layer]
+        first = 0 if window is None else max(0, span.start + 1 - window) // BLOCK_TOKENS
+        end = span.start + span.last - span.first
+        table = span.index(self.group[layer], store.device)[first : -(-end // BLOCK_TOKENS)]
+        held = store[table].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, kv_heads, tokens, dim]
+        begin = first * BLOCK_TOKENS
+        return held[0, :, : end - begin], held[1, :, : end - begin], begin
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Span:
     """The tokens of one sequence in a step's flat row."""
 
@@ -84,7 +106,51 @@ class Span:
     """Exclusive."""
     start: int
     """The position of the first of them in its sequence."""
-    cache: SequenceCache
+    blocks: Sequence[Sequence[int]]
+    """The sequence's blocks, by group."""
+    _tensors: dict[int, Tensor] = field(default_factory=dict)
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def index(self, group: int, device: torch.device) -> Tensor:
+        """The blocks of one group, int64 [blocks], made once a step."""
+        found = self._tensors.get(group)
+        if found is None:
+            found = self._tensors[group] = torch.tensor(self.blocks[group], device=device)
+        return found
+
+    def places(self, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The block and the place in it of each of the span's tokens, int64 [new] each."""
+        found = self._places.get(group)
+        if found is None:
+            positions = torch.arange(self.start, self.start + self.last - self.first, device=device)
+            table = self.index(group, device)
+            found = (table[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS)
+            self._places[group] = found
+        return found
+
+
+class DecodeRows:
+    """The decoding sequences of a step, as the native kernel reads them: one array a group."""
+
+    def __init__(self, spans: Sequence[Span], groups: int) -> None:
+        self.count = len(spans)
+        self._tables: list[Any] = []
+        self._rows: list[Any] = []
+        width = max((span.start // BLOCK_TOKENS + 1 for span in spans), default=0)
+        for group in range(groups):
+            table = np.zeros((self.count, width), dtype=np.int64)
+            rows = (DecodeRow * self.count)()
+            for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
+                blocks = span.blocks[group][: span.start // BLOCK_TOKENS + 1]
+                table[number, : len(blocks)] = blocks
+                row.row, row.position = span.first, span.start
+                row.table = table.ctypes.data + number * table.strides[0]
+            self._tables.append(table)
+            self._rows.append(rows)
+
+    def group(self, number: int) -> Any:
+        """The rows with the tables of one group."""
+        return self._rows[number]
 
 
 @dataclass
@@ -92,6 +158,13 @@ class StepContext:
     """What the layers need to know of the step that is being computed."""
 
     spans: list[Span] = field(default_factory=list)
+    """The sequences that torch attends for."""
+    decoding: DecodeRows | None = None
+    """The sequences that the kernel attends for."""
+    cache: KvCache | None = None
+    """None while `shapes` are being found: each token then sees those before it, and no more."""
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    """What each layer asks for, by its index."""
     adapter_rows: list[tuple[int, int, Any]] = field(default_factory=list)
     """Rows [first, last) of the flat input that belong to an adapter."""
     output_rows: list[tuple[int, int, Any]] = field(default_factory=list)
@@ -139,31 +212,38 @@ def attention(
         )
     context: StepContext = module.qlora_serve_context
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    spans = context.spans
-    if context.kernels is not None and query.stride(3) == key.stride(3) == value.stride(3) == 1:
-        decoding = [span for span in spans if span.last - span.first == 1]
-        spans = [span for span in spans if span.last - span.first > 1]
-        if decoding:
-            _attend_decoding(
-                context.kernels, module.layer_idx, decoding, query, key, value, output,
-                scale, sliding_window or 0, softcap or 0.0,
-            )  # fmt: skip
-    for span in spans:
-        rows = slice(span.first, span.last)
-        keys, values = span.cache.write(
-            module.layer_idx, span.start, key[0, :, rows], value[0, :, rows]
+    layer = module.layer_idx
+    cache = context.cache
+    if cache is None:
+        context.shapes[layer] = LayerShape(
+            key.shape[1], key.shape[3], key.dtype, key.device, sliding_window
         )
+        found = attend(query[0], key[0], value[0], 0, scale, sliding_window, softcap)
+        return found.transpose(0, 1)[None], None
+    output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    if context.decoding is not None:
+        assert context.kernels is not None
+        _attend_decoding(
+            context.kernels, context.decoding, cache, layer, query, key, value, output,
+            scale, sliding_window or 0, softcap or 0.0,
+        )  # fmt: skip
+    for span in context.spans:
+        rows = slice(span.first, span.last)
+        keys, values, begin = key[0, :, rows], value[0, :, rows], 0
+        cache.write(layer, span, keys, values)
+        if span.start:
+            keys, values, begin = cache.read(layer, span, sliding_window)
         output[0, rows] = attend(
-            query[0, :, rows], keys, values, span.start, scale, sliding_window, softcap
+            query[0, :, rows], keys, values, span.start - begin, scale, sliding_window, softcap
         ).transpose(0, 1)
     return output, None
 
 
 def _attend_decoding(
     kernels: Kernels,
+    rows: DecodeRows,
+    cache: KvCache,
     layer: int,
-    spans: list[Span],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -173,17 +253,15 @@ def _attend_decoding(
     softcap: float,
 ) -> None:
     """One call for every sequence that decodes; the shapes are those of `attention`."""
-    rows = (DecodeRow * len(spans))()
-    for row, span in zip(rows, spans, strict=True):
-        store = span.cache.room(layer, span.start + 1, key[0])
-        row.row, row.position = span.first, span.start
-        row.cache, row.capacity = store.data_ptr(), store.shape[2]
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     kernels.decode_attention(
         query.data_ptr(), query.stride(1), query.stride(2),
         key.data_ptr(), key.stride(1), key.stride(2),
         value.data_ptr(), value.stride(1), value.stride(2),
-        output.data_ptr(), query.shape[1], key.shape[1], query.shape[3],
-        scale, window, softcap, rows, len(spans),
+        cache.layers[layer].data_ptr(), output.data_ptr(),
+        query.shape[1], key.shape[1], query.shape[3],
+        scale, window, softcap, rows.group(cache.group[layer]), rows.count,
     )  # fmt: skip
 
 

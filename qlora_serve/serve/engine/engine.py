@@ -17,10 +17,14 @@ from qlora_serve.serve.engine.request import (
     Sequence,
 )
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import Chunk, Limits, Scheduler
+from qlora_serve.serve.engine.scheduler import Chunk, Limits, Residency, Scheduler, Step
 from qlora_serve.serve.engine.text import TextAssembler
 
 log = logging.getLogger(__name__)
+
+
+class _Wake:
+    """Put into the inbox to make the engine look again."""
 
 
 class Engine:
@@ -31,16 +35,17 @@ class Engine:
     exactly once with `Finished` or `Failed`, after which it is never called again.
     """
 
-    def __init__(self, runner: Runner, limits: Limits) -> None:
+    def __init__(self, runner: Runner, limits: Limits, residency: Residency | None = None) -> None:
         self.runner = runner
-        self.limits = limits
-        self.scheduler = Scheduler(limits)
+        self.limits = runner.allocate(limits)
+        self.scheduler = Scheduler(self.limits, residency)
         self._stop_ids = runner.base.stop_token_ids
-        self._inbox: queue.SimpleQueue[Sequence | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence | str | _Wake | None] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._door = threading.Lock()
         self._open = True
+        self._is_busy = False
         self.failure: BaseException | None = None
         """What ended the engine's thread, if something did."""
 
@@ -84,23 +89,29 @@ class Engine:
         """Ends a request early, with `Finished("abort")`; nothing happens if it has ended."""
         self._inbox.put(request_id)
 
+    def wake(self) -> None:
+        """Lets the engine look again whether something can run: an adapter has been loaded."""
+        self._inbox.put(_Wake())
+
     def step(self) -> bool:
         """Schedule, run, record; returns whether there was anything to do."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return False
+        step = self.scheduler.schedule()
+        for sequence, reason in step.failed:
+            self._end(sequence, Failed(reason, sequence.usage))
+        if not step.chunks:
+            return bool(step.failed)
         try:
-            tokens = self.runner.run(chunks)
+            tokens = self.runner.run(step)
         except Exception as error:  # a fault in one step must not reach the other requests
-            self._fail_step(chunks, error)
+            self._fail_step(step, error)
         else:
-            self._record(chunks, tokens)
+            self._record(step.chunks, tokens)
         return True
 
     def _run(self) -> None:
         try:
             while self._take_inbox():
-                self.step()
+                self._is_busy = self.step()
         except BaseException as error:
             log.exception("the engine ended")
             self.failure = error
@@ -108,14 +119,15 @@ class Engine:
             self._close()
 
     def _take_inbox(self) -> bool:
-        """Handles what came in; sleeps while there is nothing to do. False ends the thread."""
-        is_idle = not (self.scheduler.running or self.scheduler.waiting)
-        while is_idle or not self._inbox.empty():
+        """Handles what came in; sleeps while nothing can run. False ends the thread."""
+        waits = not self._is_busy
+        while waits or not self._inbox.empty():
             item = self._inbox.get()
             if item is None:
                 return False
-            self._handle(item)
-            is_idle = False
+            if not isinstance(item, _Wake):
+                self._handle(item)
+            waits = False
         return True
 
     def _handle(self, item: Sequence | str) -> None:
@@ -128,12 +140,16 @@ class Engine:
         self.scheduler.add(item)
 
     def _record(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int | None]]) -> None:
-        for chunk in chunks:
-            chunk.sequence.computed += chunk.count
         for sequence, token in tokens:
             if token is None:
                 message = "the model's output was not finite (NaN); the adapter may have diverged"
-                self._end(sequence, Failed(message, sequence.usage))
+                # Its keys and values may be what is wrong: nobody else shall get them.
+                self._end(sequence, Failed(message, sequence.usage), keep=False)
+        for chunk in chunks:
+            if not chunk.sequence.ended:
+                self.scheduler.record(chunk)
+        for sequence, token in tokens:
+            if token is None:
                 continue
             try:
                 self._advance(sequence, token)
@@ -164,16 +180,20 @@ class Engine:
             reason = "stop"  # the held-back text completed a stop text
         self._end(sequence, Finished(reason, sequence.usage))
 
-    def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
+    def _fail_step(self, step: Step, error: Exception) -> None:
         log.error("a step failed", exc_info=error)
-        for chunk in chunks:
-            self._end(chunk.sequence, Failed(f"internal error: {error}", chunk.sequence.usage))
+        for chunk in step.chunks:
+            ending = Failed(f"internal error: {error}", chunk.sequence.usage)
+            self._end(chunk.sequence, ending, keep=False)
+        for sequence in step.admitted:  # the blocks that were to be copied for it may be empty
+            if not sequence.ended and sequence.blocks is not None:
+                self.scheduler.preempt(sequence)
 
-    def _end(self, sequence: Sequence, ending: Event) -> None:
+    def _end(self, sequence: Sequence, ending: Event, keep: bool = True) -> None:
         if sequence.ended:
             return
         sequence.ended = True
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, keep)
         self.runner.release(sequence)
         self._live.pop(sequence.request.request_id, None)
         try:

@@ -94,6 +94,11 @@ class ResidentAdapter:
     own: Mapping[str, RowFunction] = field(default_factory=dict)
     """The path of a module → what computes this adapter's rows in its place."""
 
+    @property
+    def key(self) -> str:
+        """What keys and values depend on besides the tokens."""
+        return self.identity
+
     @cached_property
     def native_table(self) -> Any:
         """numpy [adapter layers] of `AdapterRows`: rank and addresses of the plain updates.

@@ -36,6 +36,10 @@ class GenerationRequest:
     adapter: Any = None
     """A `registry.ResidentAdapter`, pinned for the request's life; None for the base itself.
     The engine compares it by identity of content, never by name."""
+    client: str = ""
+    """Who asks. Places are shared out fairly between clients, and between adapters."""
+    priority: int = 0
+    """The lower, the sooner; 0 is ordinary."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,17 @@ class Sequence:
     deliver: Deliver
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    cached: int = 0
+    """Tokens of the prompt that were in the cache already when it was first admitted."""
+    arrival: int = 0
+    """Its number in the order of arrival."""
+    blocks: Any = None
+    """The scheduler's `blocks.BlockTable`, while it has a place."""
     generated: list[int] = field(default_factory=list)
     text: Any = None
     """The engine's `text.TextAssembler`."""
     state: Any = None
-    """The runner's own: cache and random generator."""
+    """The runner's own: the random generator."""
     ended: bool = False
 
     @property

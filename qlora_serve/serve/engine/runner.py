@@ -1,6 +1,6 @@
 """The only place where a step becomes tensors: chunks in, one sampled token a chunk out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
-from qlora_serve.serve.engine.attention import SequenceCache, Span, StepContext, attach
+from qlora_serve.serve.engine.attention import DecodeRows, KvCache, Span, StepContext, attach
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import use_fast_linears
 from qlora_serve.serve.engine.lora import (
@@ -19,14 +19,13 @@ from qlora_serve.serve.engine.lora import (
 )
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import make_generator, sample
-from qlora_serve.serve.engine.scheduler import Chunk
+from qlora_serve.serve.engine.scheduler import Chunk, Limits, Step
 
 
 @dataclass
 class SequenceState:
-    """What a running sequence owns on the device."""
+    """What a sequence owns besides its blocks, from its first token to its end."""
 
-    cache: SequenceCache
     generator: torch.Generator | None
 
 
@@ -44,25 +43,56 @@ class Runner:
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
         self._dtype = getattr(torch, base.dtype)
+        self._find_shapes()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding windows of the layers, each once; None for layers that see everything."""
+        return tuple(dict.fromkeys(shape.window for shape in self._context.shapes.values()))
+
+    def token_bytes(self, window: int | None) -> int:
+        """Bytes of one token's keys and values in all layers of one window."""
+        shapes = self._context.shapes.values()
+        return sum(shape.token_bytes for shape in shapes if shape.window == window)
+
+    def allocate(self, limits: Limits) -> Limits:
+        """Makes room for keys and values; returns the limits with this model's windows."""
+        limits = replace(limits, windows=self.windows)
+        blocks = [group.blocks for group in limits.groups]
+        self._context.cache = KvCache(self._context.shapes, self.windows, blocks)
+        return limits
+
+    @torch.inference_mode()
+    def _find_shapes(self) -> None:
+        """Runs one token through the model, so that each layer shows what attention it wants."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
+        self.base.model(input_ids=one, position_ids=one, use_cache=False)
 
     def resident(self, name: str, weights: Any) -> Any:
         """See `AdapterLayers.make_resident`."""
         return self.layers.make_resident(name, weights, self._dtype, self.base.device)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[tuple[Sequence, int | None]]:
-        """Computes the chunks; returns the next token of each sequence that reached its end.
+    def run(self, step: Step) -> list[tuple[Sequence, int | None]]:
+        """Computes a step; returns the next token of each sequence that reached its end.
 
         A token of None means that the row's logits were not finite.
         """
-        ordered = sorted(chunks, key=_adapter_order)  # an adapter's rows lie side by side
+        self.cache.copy(step.copies)
+        ordered = sorted(step.chunks, key=_adapter_order)  # an adapter's rows lie side by side
         logits = self.forward(ordered)
         sampling = [chunk for chunk in ordered if chunk.samples]
         if not sampling:
             return []
-        rows = [(c.sequence.request.sampling, _state(c.sequence).generator) for c in sampling]
+        rows = [(c.sequence.request.sampling, _generator(c.sequence)) for c in sampling]
         tokens = sample(logits, rows)
         return [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+
+    @property
+    def cache(self) -> KvCache:
+        """The keys and values."""
+        assert self._context.cache is not None, "allocate() comes first"
+        return self._context.cache
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
@@ -75,9 +105,13 @@ class Runner:
             first = len(ids)
             ids += chunk.sequence.tokens(chunk.start, chunk.count)
             positions += range(chunk.start, chunk.start + chunk.count)
-            spans.append(Span(first, len(ids), chunk.start, _state(chunk.sequence).cache))
+            spans.append(Span(first, len(ids), chunk.start, chunk.sequence.blocks.blocks))
         ends = [s.last - 1 for s, c in zip(spans, chunks, strict=True) if c.samples]
-        context.spans = spans
+        context.spans, context.decoding = spans, None
+        if context.kernels is not None:
+            single = [span for span in spans if span.last - span.first == 1]
+            context.spans = [span for span in spans if span.last - span.first > 1]
+            context.decoding = DecodeRows(single, len(self.windows)) if single else None
         context.adapter_rows = rows_by_adapter(
             [(c.count, c.sequence.request.adapter) for c in chunks]
         )
@@ -105,7 +139,8 @@ def _adapter_order(chunk: Chunk) -> tuple[int, int]:
     return (0, 0) if adapter is None else (1, id(adapter))
 
 
-def _state(sequence: Sequence) -> SequenceState:
+def _generator(sequence: Sequence) -> torch.Generator | None:
     if sequence.state is None:
-        sequence.state = SequenceState(SequenceCache(), make_generator(sequence.request.sampling))
-    return sequence.state
+        sequence.state = SequenceState(make_generator(sequence.request.sampling))
+    generator: torch.Generator | None = sequence.state.generator
+    return generator

@@ -1,10 +1,15 @@
-"""Who runs in the next step. It counts tokens and places, and never touches a tensor."""
+"""Who runs in the next step. It counts tokens, blocks and places, and never touches a tensor."""
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine import request
+from qlora_serve.serve.engine.blocks import BlockGroup, BlockManager, Copy
+from qlora_serve.serve.engine.queueing import FairQueue, adapter_key, rank
+
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -14,17 +19,49 @@ class Limits:
     max_sequences: int
     """Requests that run at once."""
     cache_tokens: int
-    """Tokens whose keys and values may be kept at once, over all requests."""
+    """Tokens whose keys and values are kept at once, over all requests."""
     step_tokens: int
     """Tokens that one step may compute; a longer prompt is computed in chunks."""
     max_length: int
     """Tokens of prompt and answer together, for one request."""
+    windows: tuple[int | None, ...] = (None,)
+    """The sliding windows of the model's layers, each once; None for layers that see all."""
+    reuse_prefixes: bool = True
+    """Whether a prompt that begins like an earlier one takes over its keys and values."""
+
+    @property
+    def groups(self) -> tuple[BlockGroup, ...]:
+        """The blocks of each group of layers, in the order of `windows`."""
+        return tuple(
+            BlockGroup(self.group_tokens(window) // BLOCK_TOKENS, window) for window in self.windows
+        )
+
+    def group_tokens(self, window: int | None) -> int:
+        """Tokens that layers of this window keep: never more than all requests' windows."""
+        if window is None:
+            return self.cache_tokens
+        return min(self.cache_tokens, self.max_sequences * self._windowed(window))
+
+    def _windowed(self, window: int) -> int:
+        """Tokens of one request that layers of this window hold at once, at most; whole blocks."""
+        return (-(-(window + self.step_tokens) // BLOCK_TOKENS) + 2) * BLOCK_TOKENS
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer together that one request may reach."""
+        ends = [self.max_length]
+        for group in self.groups:
+            held = group.blocks * BLOCK_TOKENS
+            # A windowed group gives blocks back on the way, if it holds a window and a bit.
+            if group.window is None or held < group.window + 2 * BLOCK_TOKENS:
+                ends.append(held)
+        return min(ends)
 
     def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Why a request can never run, or None."""
         if prompt_tokens == 0:
             return "the prompt is empty"
-        longest = min(self.max_length, self.cache_tokens)
+        longest = self.longest
         if prompt_tokens >= longest:
             return (
                 f"the prompt has {prompt_tokens} tokens; this server takes at most {longest} "
@@ -52,73 +89,215 @@ class Chunk:
         return self.start + self.count == self.sequence.length
 
 
-class Scheduler:
-    """Admits in order; everyone who decodes gets a token before a prompt gets a chunk.
+@dataclass(frozen=True)
+class Step:
+    """What is to be computed together."""
 
-    A sequence is admitted only when the cache can hold all that it may ever reach, so a running
-    one never has to wait or be put back.
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    """Blocks to copy before anything else."""
+    admitted: list[request.Sequence] = field(default_factory=list)
+    """Sequences that got their place for this step; the copies are theirs."""
+    failed: list[tuple[request.Sequence, str]] = field(default_factory=list)
+    """Sequences that can never run, and why; they are still to be removed."""
+
+
+class Residency(Protocol):
+    """Who knows whether an adapter can compute; see `slots.AdapterSlots`."""
+
+    def acquire(self, adapter: Any) -> bool:
+        """Holds an adapter for one sequence; False while it is not there yet.
+
+        Raises:
+            AdapterError: it will never be there.
+        """
+
+    def release(self, adapter: Any) -> None:
+        """Gives it back."""
+
+
+class AlwaysResident:
+    """Every adapter is there."""
+
+    def acquire(self, adapter: Any) -> bool:
+        """Always True."""
+        return True
+
+    def release(self, adapter: Any) -> None:
+        """Nothing to do."""
+
+
+class Scheduler:
+    """Admits fairly; everyone who decodes gets a token before a prompt gets a chunk.
+
+    A sequence is admitted when there are blocks for all that is known of it. Its answer takes
+    blocks as it grows; when there are none left, the running sequence that came last (of the
+    lowest priority) gives back its own and its place, and is computed again later. The one that
+    came first can therefore always go on, so every one ends.
 
     Of the prompts that have begun, the shortest rest goes first (it ends soonest, which keeps the
     mean time to a first token low), but a quarter of the step always goes to the one that was
     admitted first, so that a stream of short prompts cannot hold up a long one for ever.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, residency: Residency | None = None) -> None:
         self.limits = limits
-        self._waiting: deque[request.Sequence] = deque()
+        self.blocks = BlockManager(limits.groups, BLOCK_TOKENS, limits.reuse_prefixes)
+        self.preemptions = 0
+        """How often a running sequence had to give back its place."""
+        self._residency: Residency = residency or AlwaysResident()
+        self._queue = FairQueue()
         self._running: list[request.Sequence] = []
-        self._reserved = 0
 
     def add(self, sequence: request.Sequence) -> None:
-        """Puts a sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        """Puts a sequence at the end of its flow's queue."""
+        self._queue.add(sequence)
 
-    def remove(self, sequence: request.Sequence) -> None:
-        """Takes a sequence out, wherever it is, and gives its room back."""
+    def remove(self, sequence: request.Sequence, keep: bool = True) -> None:
+        """Takes a sequence out, wherever it is, and gives its room back.
+
+        Args:
+            sequence: one that was added and not removed yet.
+            keep: whether its keys and values may serve other requests; False when they are bad.
+        """
         if sequence in self._running:
-            self._running.remove(sequence)
-            self._reserved -= sequence.most_tokens
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
+            self._stop_running(sequence, keep)
+        self._queue.forget(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty when there is nothing to do."""
-        self._admit()
-        decoding = [s for s in self._running if s.length - s.computed == 1]
-        prompts = [s for s in self._running if s.length - s.computed > 1]
-        chunks = [Chunk(s, s.computed, 1) for s in decoding[: self.limits.step_tokens]]
-        shares = split_budget(
-            self.limits.step_tokens - len(chunks), [s.length - s.computed for s in prompts]
-        )
-        chunks += [Chunk(s, s.computed, n) for s, n in zip(prompts, shares, strict=True) if n]
-        return chunks
+    def schedule(self) -> Step:
+        """The next step; without chunks when there is nothing that can run now."""
+        step = Step()
+        self._admit(step)
+        while self._running and not step.chunks:  # again where all of a step gave way to others
+            counts = self._share_out()
+            # Blocks go by rank: whoever has to give way comes later in this very loop.
+            for sequence in sorted(counts, key=rank):
+                start = sequence.computed
+                end = self._secure(sequence, start + counts[sequence])
+                if end > start:
+                    step.chunks.append(Chunk(sequence, start, end - start))
+        return step
+
+    def record(self, chunk: Chunk) -> None:
+        """A chunk has been computed; call it before its next token is added."""
+        sequence = chunk.sequence
+        sequence.computed += chunk.count
+        self.blocks.computed(sequence.blocks, sequence.computed, sequence.tokens)
+        if chunk.samples:
+            self._queue.charge(sequence, 1)
+
+    def preempt(self, sequence: request.Sequence) -> None:
+        """Takes a running sequence's room; it starts again when its turn comes."""
+        self._stop_running(sequence, keep=True)
+        self._queue.put_back(sequence)
+        self.preemptions += 1
 
     @property
     def waiting(self) -> int:
-        """Sequences that have no place yet."""
-        return len(self._waiting)
+        """Sequences that have no place."""
+        return len(self._queue)
 
     @property
     def running(self) -> int:
         """Sequences that have a place."""
         return len(self._running)
 
-    @property
-    def reserved_tokens(self) -> int:
-        """Cache tokens promised to the running sequences."""
-        return self._reserved
-
     def sequences(self) -> list[request.Sequence]:
-        """Every sequence that has not ended."""
-        return [*self._running, *self._waiting]
+        """Every sequence that has not ended, the running ones first."""
+        return [*self._running, *self._queue]
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.limits.max_sequences:
-            needed = self._waiting[0].most_tokens
-            if self._reserved + needed > self.limits.cache_tokens:
-                return  # strictly in order: a small one that overtook could starve a large one
-            self._reserved += needed
-            self._running.append(self._waiting.popleft())
+    @staticmethod
+    def _is_decoding(sequence: request.Sequence) -> bool:
+        return sequence.length - sequence.computed == 1
+
+    def _admit(self, step: Step) -> None:
+        while len(self._running) < self.limits.max_sequences and len(self._queue):
+            if not self._admit_one(step):
+                return
+
+    def _admit_one(self, step: Step) -> bool:
+        hopeless = {id(sequence) for sequence, _ in step.failed}
+        for sequence in self._queue.candidates():
+            if id(sequence) in hopeless:
+                continue
+            try:
+                is_there = self._residency.acquire(sequence.request.adapter)
+            except AdapterError as error:
+                step.failed.append((sequence, str(error)))
+                return True
+            if not is_there:
+                continue
+            if self._begin(sequence, step):
+                return True
+            self._residency.release(sequence.request.adapter)
+            return False  # a small one that overtook could starve a large one
+        return False
+
+    def _begin(self, sequence: request.Sequence, step: Step) -> bool:
+        """Gives a sequence its place, if there are blocks for all that is known of it."""
+        start = self.blocks.begin(
+            adapter_key(sequence),
+            sequence.tokens(0, sequence.length),
+            spare=self._promised(),
+            chunk=self.limits.step_tokens,
+        )
+        if start is None:
+            return False
+        self._queue.admit(sequence)
+        self._running.append(sequence)
+        sequence.blocks, sequence.computed = start.table, start.cached
+        if not sequence.generated:
+            sequence.cached = start.cached
+        step.copies.extend(start.copies)
+        step.admitted.append(sequence)
+        return True
+
+    def _promised(self) -> list[int]:
+        """Blocks of each group that those who run will want soon: their prompts, and one more."""
+        spare = [len(self._running)] * len(self.limits.windows)
+        for other in self._running:
+            missing = self.blocks.missing(
+                other.blocks, other.computed, other.length, self.limits.step_tokens
+            )
+            spare = [kept + more for kept, more in zip(spare, missing, strict=True)]
+        return spare
+
+    def _share_out(self) -> dict[request.Sequence, int]:
+        """How many tokens of each running sequence the step should compute."""
+        running = sorted(self._running, key=rank)
+        decoding = [s for s in running if self._is_decoding(s)][: self.limits.step_tokens]
+        prompts = [s for s in running if not self._is_decoding(s)]
+        shares = split_budget(
+            self.limits.step_tokens - len(decoding), [s.length - s.computed for s in prompts]
+        )
+        counts = dict.fromkeys(decoding, 1)
+        return counts | {s: share for s, share in zip(prompts, shares, strict=True) if share}
+
+    def _secure(self, sequence: request.Sequence, tokens: int) -> int:
+        """Gets blocks for the first `tokens` tokens, from those of lower rank if need be.
+
+        Returns:
+            The tokens that there is room for now: fewer than asked for when nobody is left who
+            could give way; 0 when the sequence itself lost its place.
+        """
+        if sequence not in self._running:
+            return 0  # it gave way to another one of this step
+        while not self.blocks.extend(sequence.blocks, tokens):
+            last = max(self._running, key=rank)
+            reach = self.blocks.reach(sequence.blocks)
+            if last is sequence and reach > sequence.computed:
+                tokens = min(tokens, reach)
+            else:
+                self.preempt(last)
+                if last is sequence:
+                    return 0
+        return tokens
+
+    def _stop_running(self, sequence: request.Sequence, keep: bool) -> None:
+        self._running.remove(sequence)
+        self._residency.release(sequence.request.adapter)
+        self.blocks.release(sequence.blocks, keep)
+        sequence.blocks, sequence.computed = None, 0
 
 
 _OLDEST_SHARE = 4

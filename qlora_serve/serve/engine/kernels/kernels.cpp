@@ -235,22 +235,24 @@ void linear_nf4(const float* x, int64_t rows, int64_t in, const uint8_t* codes,
 
 // One new token of one sequence.
 struct DecodeRow {
-  int64_t row;        // in the flat query, key, value and output
-  int64_t position;   // of the token
-  float* cache;       // keys [kv_heads, capacity, dim], then values of the same shape
-  int64_t capacity;
+  int64_t row;           // in the flat query, key, value and output
+  int64_t position;      // of the token
+  const int64_t* table;  // the block of the cache that holds each kBlock positions of the sequence
 };
 
-// Stores each row's key and value in its cache and attends to it.
+constexpr int64_t kBlock = 16;  // tokens of a block; scheduler.py has the same number
+
+// Stores each row's key and value in its sequence's blocks and attends to them.
 //   query [heads, dim], key and value [kv_heads, dim] of a row, `*_head` and `*_row` apart
-//   output [row, heads, dim], contiguous
+//   cache [blocks, 2, kv_heads, kBlock, dim]: keys, then values; output [row, heads, dim]
 //   window: tokens that a query sees, 0 for all; softcap: 0 for none
 void decode_attention_f32(const float* query, int64_t query_head, int64_t query_row,
                           const float* key, int64_t key_head, int64_t key_row, const float* value,
-                          int64_t value_head, int64_t value_row, float* output, int64_t heads,
-                          int64_t kv_heads, int64_t dim, float scale, int64_t window, float softcap,
-                          const DecodeRow* rows, int64_t count) {
+                          int64_t value_head, int64_t value_row, float* cache, float* output,
+                          int64_t heads, int64_t kv_heads, int64_t dim, float scale,
+                          int64_t window, float softcap, const DecodeRow* rows, int64_t count) {
   const int64_t group = heads / kv_heads;
+  const int64_t half = kv_heads * kBlock * dim;  // from a block's keys to its values
 #pragma omp parallel
   {
     std::vector<float> scores;
@@ -258,11 +260,12 @@ void decode_attention_f32(const float* query, int64_t query_head, int64_t query_
     for (int64_t r = 0; r < count; ++r)
       for (int64_t kv = 0; kv < kv_heads; ++kv) {
         const DecodeRow& row = rows[r];
-        float* keys = row.cache + kv * row.capacity * dim;
-        float* values = keys + kv_heads * row.capacity * dim;
-        std::memcpy(keys + row.position * dim, key + kv * key_head + row.row * key_row,
-                    dim * sizeof(float));
-        std::memcpy(values + row.position * dim, value + kv * value_head + row.row * value_row,
+        const auto at = [&](int64_t t) {  // the key of a token
+          return cache + row.table[t / kBlock] * 2 * half + (kv * kBlock + t % kBlock) * dim;
+        };
+        float* own = at(row.position);
+        std::memcpy(own, key + kv * key_head + row.row * key_row, dim * sizeof(float));
+        std::memcpy(own + half, value + kv * value_head + row.row * value_row,
                     dim * sizeof(float));
         const int64_t end = row.position + 1;
         const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
@@ -271,7 +274,7 @@ void decode_attention_f32(const float* query, int64_t query_head, int64_t query_
           const float* q = query + h * query_head + row.row * query_row;
           float largest = -INFINITY;
           for (int64_t t = begin; t < end; ++t) {
-            float s = dot(q, keys + t * dim, dim) * scale;
+            float s = dot(q, at(t), dim) * scale;
             if (softcap > 0) s = std::tanh(s / softcap) * softcap;
             scores[t - begin] = s;
             largest = std::max(largest, s);
@@ -281,7 +284,7 @@ void decode_attention_f32(const float* query, int64_t query_head, int64_t query_
           float* to = output + (row.row * heads + h) * dim;
           std::fill(to, to + dim, 0.0f);
           for (int64_t t = begin; t < end; ++t)
-            add_scaled(to, values + t * dim, scores[t - begin] / total, dim);
+            add_scaled(to, at(t) + half, scores[t - begin] / total, dim);
         }
       }
   }

@@ -34,7 +34,7 @@ class AdapterRows(ctypes.Structure):
 class DecodeRow(ctypes.Structure):
     """One new token of one sequence; see kernels.cpp."""
 
-    _fields_ = (("row", _INT), ("position", _INT), ("cache", _POINTER), ("capacity", _INT))
+    _fields_ = (("row", _INT), ("position", _INT), ("table", _POINTER))
 
 
 class Kernels:
@@ -55,7 +55,7 @@ class Kernels:
         self.decode_attention = library.decode_attention_f32
         self.decode_attention.restype = None
         self.decode_attention.argtypes = [
-            _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER,
+            _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER,
             _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _INT,
         ]  # fmt: skip
 
