@@ -13,9 +13,9 @@ from torch import nn
 
 import qlora_serve.serve.engine.linear as linear_module
 from qlora_serve.serve.engine.attention import (
-    DecodeRows,
     KvCache,
     LayerShape,
+    NativeSpans,
     Span,
     StepContext,
     attach_context,
@@ -27,6 +27,8 @@ from qlora_serve.serve.engine.linear import (
     NATIVE_ROWS,
     FastLinear,
     FastNf4Linear,
+    PanelLinear,
+    to_panels,
     use_fast_linears,
 )
 from qlora_serve.serve.engine.lora import from_blocks, to_blocks
@@ -43,6 +45,13 @@ def kernels():
     return loaded
 
 
+class _Model(nn.Sequential):
+    """As little of a model as `use_fast_linears` looks at."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return nn.Embedding(2, 2)
+
+
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
@@ -50,16 +59,22 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 17, NATIVE_ROWS, NATIVE_ROWS + 1])
 @pytest.mark.parametrize(("inside", "outside"), [(64, 48), (576, 192), (33, 1), (100, 97)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_linear_equals_torch(kernels, rows, inside, outside, has_bias) -> None:
+@pytest.mark.parametrize("kind", [FastLinear, PanelLinear])
+def test_linear_equals_torch(kernels, rows, inside, outside, has_bias, kind) -> None:
     torch.manual_seed(rows * inside + outside)
     linear = nn.Linear(inside, outside, bias=has_bias)
     hidden = torch.randn(1, rows, inside)
     with torch.inference_mode():
-        assert _close(FastLinear(linear, kernels)(hidden), linear(hidden))
+        fast = kind(linear, kernels)
+        assert _close(fast(hidden), linear(hidden))
+        assert torch.equal(fast.weight, linear.weight)
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(64, 48), (50, 97)])
-def test_linear_adds_each_adapters_update_to_its_own_rows(kernels, inside, outside) -> None:
+@pytest.mark.parametrize("in_panels", [False, True])
+def test_linear_adds_each_adapters_update_to_its_own_rows(
+    kernels, inside, outside, in_panels
+) -> None:
     torch.manual_seed(0)
     weight, hidden = torch.randn(outside, inside), torch.randn(9, inside)
     # first, last, rank; row 2 is the base's, and one group leaves this layer alone
@@ -77,19 +92,22 @@ def test_linear_adds_each_adapters_update_to_its_own_rows(kernels, inside, outsi
         expected[first:last] += hidden[first:last] @ a.t() @ b
     low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
     found = torch.empty(9, outside)
-    kernels.linear(
-        hidden.data_ptr(), 9, inside, weight.data_ptr(), None, found.data_ptr(), outside,
+    kernel = kernels.linear_panels if in_panels else kernels.linear
+    held = to_panels(weight) if in_panels else weight
+    kernel(
+        hidden.data_ptr(), 9, inside, held.data_ptr(), None, found.data_ptr(), outside,
         groups, len(ranges), low.data_ptr(),
     )  # fmt: skip
     assert _close(found, expected)
 
 
-def test_nan_stays_in_its_row(kernels) -> None:
+@pytest.mark.parametrize("kind", [FastLinear, PanelLinear])
+def test_nan_stays_in_its_row(kernels, kind) -> None:
     linear = nn.Linear(64, 48)
     hidden = torch.randn(1, 8, 64)
-    clean = FastLinear(linear, kernels)(hidden)
+    clean = kind(linear, kernels)(hidden)
     hidden[0, 3, 5] = float("nan")
-    found = FastLinear(linear, kernels)(hidden)
+    found = kind(linear, kernels)(hidden)
     assert found[0, 3].isnan().all()
     others = [0, 1, 2, 4, 5, 6, 7]
     assert torch.equal(found[0, others], clean[0, others])
@@ -97,13 +115,16 @@ def test_nan_stays_in_its_row(kernels) -> None:
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 1, 24), (2, 2, 80)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(4, 2, 16), (3, 1, 24), (2, 2, 80), (9, 3, 64), (14, 2, 64), (8, 1, 256), (32, 1, 48)],
+)
 def test_attention_equals_torch_for_decoding_and_prompts_mixed(
     kernels, window, softcap, heads, kv_heads, dim
 ) -> None:
-    """Three sequences: one decodes at position 0, one at 200, one brings 4 tokens of a prompt."""
+    """Two decode, at positions 0 and 200; others bring whole prompts and later parts of some."""
     torch.manual_seed(1)
-    starts, counts = [0, 200, 3], [1, 1, 4]
+    starts, counts = [0, 200, 3, 0, 37], [1, 1, 4, 40, 29]
     total = sum(counts)
     # As models hand them over: a transposed view of [tokens, heads, dim].
     query = torch.randn(1, total, heads, dim).transpose(1, 2)
@@ -115,18 +136,21 @@ def test_attention_equals_torch_for_decoding_and_prompts_mixed(
         """The past in scattered blocks, as a long-running server has them."""
         context = StepContext(kernels=kernels if with_kernels else None)
         context.cache = KvCache(shapes, [window], [32])
+        # Nobody has written there, or someone whose answer was not a number: it must not be seen.
+        context.cache.layers[0].fill_(float("nan"))
         order = list(range(32))
         random.Random(3).shuffle(order)
         spans, first = [], 0
         for start, count, past in zip(starts, counts, pasts, strict=True):
             table = [order.pop() for _ in range((start + count + 15) // 16)]
             if start:
+                context.cache.layers[0][table] = 0
                 context.cache.write(0, Span(0, start, 0, [table]), past[0], past[1])
             spans.append(Span(first, first + count, start, [table]))
             first += count
-        context.spans = [s for s in spans if s.last - s.first > 1 or not with_kernels]
+        context.spans = spans
         if with_kernels:
-            context.decoding = DecodeRows([s for s in spans if s not in context.spans], 1)
+            context.native_spans = NativeSpans(spans, 1)
         return context, spans
 
     found = []
@@ -143,9 +167,9 @@ def test_attention_equals_torch_for_decoding_and_prompts_mixed(
         )  # fmt: skip
         # What was stored serves the next step.
         for span in spans:
-            store = context.cache.layers[0][span.blocks[0][span.start // 16]]
-            assert torch.equal(store[0, :, span.start % 16], key[0, :, span.first])
-            assert torch.equal(store[1, :, span.start % 16], value[0, :, span.first])
+            block, place = span.blocks[0][span.start // 16], span.start % 16
+            assert torch.equal(context.cache.keys(0)[block, :, :, place], key[0, :, span.first])
+            assert torch.equal(context.cache.values(0)[block, :, place], value[0, :, span.first])
     assert found[0].shape == (1, total, heads, dim)
     assert (found[0] - found[1]).abs().max() < TOLERANCE
     expected = attend(
@@ -183,7 +207,7 @@ def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
     linear.load_state_dict({"weight": torch.randn(97, 128) * 0.1, "bias": torch.randn(97)})
     linear = linear.to("cpu")  # quantizes
     linear.support_avx512bf16_for_cpu = False
-    model = nn.Sequential(linear).eval()
+    model = _Model(linear).eval()
     hidden = torch.randn(1, rows, 128)
     with torch.inference_mode():
         expected = model(hidden)
@@ -197,8 +221,8 @@ def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
 def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:
     """The trial decides; which way it goes depends on the processor, so both ways are forced."""
     monkeypatch.delenv("QLORA_SERVE_NATIVE")
-    for is_faster, expected in ((False, nn.Linear), (True, FastLinear)):
+    for is_faster, expected in ((False, nn.Linear), (True, PanelLinear)):
         monkeypatch.setattr(linear_module, "_is_faster", lambda layer, said=is_faster: said)
-        model = nn.Sequential(nn.Linear(64, 48))
+        model = _Model(nn.Linear(64, 48))
         use_fast_linears(model, kernels)
         assert type(model[0]) is expected

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_serve.serve.engine.blocks import Copy
-from qlora_serve.serve.engine.kernels.native import DecodeRow, Kernels
+from qlora_serve.serve.engine.kernels.native import Kernels, SpanRows
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS
 
 ATTENTION_NAME = "qlora_serve"
@@ -49,8 +49,9 @@ class LayerShape:
 class KvCache:
     """Keys and values of all layers, in the blocks that the scheduler gives out.
 
-    A layer has one tensor [blocks, 2, kv_heads, BLOCK_TOKENS, head_dim]: a block's keys, then its
-    values. On Linux memory that was never written to takes no room.
+    A layer has one tensor [blocks, 2, kv_heads, BLOCK_TOKENS * head_dim]: a block's keys,
+    dimension by dimension as the kernels want them, then its values, token by token. On Linux
+    memory that was never written to takes no room.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class KvCache:
         self.group = {layer: windows.index(shape.window) for layer, shape in shapes.items()}
         self.layers = {
             layer: torch.empty(
-                blocks[self.group[layer]], 2, shape.kv_heads, BLOCK_TOKENS, shape.head_dim,
+                blocks[self.group[layer]], 2, shape.kv_heads, BLOCK_TOKENS * shape.head_dim,
                 dtype=shape.dtype, device=shape.device,
             )
             for layer, shape in shapes.items()
@@ -75,12 +76,19 @@ class KvCache:
                 if self.group[layer] == one.group:
                     store[one.target] = store[one.source]
 
+    def keys(self, layer: int) -> Tensor:
+        """The keys, [blocks, kv_heads, head_dim, BLOCK_TOKENS]."""
+        return self.layers[layer][:, 0].unflatten(2, (-1, BLOCK_TOKENS))
+
+    def values(self, layer: int) -> Tensor:
+        """The values, [blocks, kv_heads, BLOCK_TOKENS, head_dim]."""
+        return self.layers[layer][:, 1].unflatten(2, (BLOCK_TOKENS, -1))
+
     def write(self, layer: int, span: "Span", keys: Tensor, values: Tensor) -> None:
         """Stores the keys and values [kv_heads, new, head_dim] of a span's tokens."""
-        store = self.layers[layer]
-        blocks, offsets = span.places(self.group[layer], store.device)
-        store[blocks, 0, :, offsets] = keys.transpose(0, 1)
-        store[blocks, 1, :, offsets] = values.transpose(0, 1)
+        blocks, offsets = span.places(self.group[layer], keys.device)
+        self.keys(layer)[blocks, :, :, offsets] = keys.transpose(0, 1)
+        self.values(layer)[blocks, :, offsets] = values.transpose(0, 1)
 
     def read(self, layer: int, span: "Span", window: int | None) -> tuple[Tensor, Tensor, int]:
         """What a span's queries may see, its own tokens included.
@@ -88,13 +96,14 @@ class KvCache:
         Returns:
             Keys and values [kv_heads, tokens, head_dim], and the position of the first of them.
         """
-        store = self.layers[layer]
         first = 0 if window is None else max(0, span.start + 1 - window) // BLOCK_TOKENS
         end = span.start + span.last - span.first
-        table = span.index(self.group[layer], store.device)[first : -(-end // BLOCK_TOKENS)]
-        held = store[table].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [2, kv_heads, tokens, dim]
+        table = span.index(self.group[layer], self.layers[layer].device)
+        table = table[first : -(-end // BLOCK_TOKENS)]
+        keys = self.keys(layer)[table].permute(1, 0, 3, 2).flatten(1, 2)
+        values = self.values(layer)[table].transpose(0, 1).flatten(1, 2)
         begin = first * BLOCK_TOKENS
-        return held[0, :, : end - begin], held[1, :, : end - begin], begin
+        return keys[:, : end - begin], values[:, : end - begin], begin
 
 
 @dataclass(eq=False)
@@ -129,27 +138,28 @@ class Span:
         return found
 
 
-class DecodeRows:
-    """The decoding sequences of a step, as the native kernel reads them: one array a group."""
+class NativeSpans:
+    """The spans of a step as the native kernel reads them: one array a group."""
 
     def __init__(self, spans: Sequence[Span], groups: int) -> None:
         self.count = len(spans)
         self._tables: list[Any] = []
         self._rows: list[Any] = []
-        width = max((span.start // BLOCK_TOKENS + 1 for span in spans), default=0)
+        ends = [span.start + span.last - span.first for span in spans]
+        width = max((-(-end // BLOCK_TOKENS) for end in ends), default=0)
         for group in range(groups):
             table = np.zeros((self.count, width), dtype=np.int64)
-            rows = (DecodeRow * self.count)()
+            rows = (SpanRows * self.count)()
             for number, (row, span) in enumerate(zip(rows, spans, strict=True)):
-                blocks = span.blocks[group][: span.start // BLOCK_TOKENS + 1]
+                blocks = span.blocks[group][:width]
                 table[number, : len(blocks)] = blocks
-                row.row, row.position = span.first, span.start
+                row.first, row.count, row.start = span.first, span.last - span.first, span.start
                 row.table = table.ctypes.data + number * table.strides[0]
             self._tables.append(table)
             self._rows.append(rows)
 
     def group(self, number: int) -> Any:
-        """The rows with the tables of one group."""
+        """The spans with the tables of one group."""
         return self._rows[number]
 
 
@@ -158,9 +168,8 @@ class StepContext:
     """What the layers need to know of the step that is being computed."""
 
     spans: list[Span] = field(default_factory=list)
-    """The sequences that torch attends for."""
-    decoding: DecodeRows | None = None
-    """The sequences that the kernel attends for."""
+    native_spans: NativeSpans | None = None
+    """The same for the kernel, where there is one."""
     cache: KvCache | None = None
     """None while `shapes` are being found: each token then sees those before it, and no more."""
     shapes: dict[int, LayerShape] = field(default_factory=dict)
@@ -221,12 +230,14 @@ def attention(
         found = attend(query[0], key[0], value[0], 0, scale, sliding_window, softcap)
         return found.transpose(0, 1)[None], None
     output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    if context.decoding is not None:
+    native = context.native_spans
+    if native is not None and query.shape[3] % BLOCK_TOKENS == 0:
         assert context.kernels is not None
-        _attend_decoding(
-            context.kernels, context.decoding, cache, layer, query, key, value, output,
+        _attend_natively(
+            context.kernels, native, cache, layer, query, key, value, output,
             scale, sliding_window or 0, softcap or 0.0,
         )  # fmt: skip
+        return output, None
     for span in context.spans:
         rows = slice(span.first, span.last)
         keys, values, begin = key[0, :, rows], value[0, :, rows], 0
@@ -239,9 +250,9 @@ def attention(
     return output, None
 
 
-def _attend_decoding(
+def _attend_natively(
     kernels: Kernels,
-    rows: DecodeRows,
+    spans: NativeSpans,
     cache: KvCache,
     layer: int,
     query: Tensor,
@@ -252,16 +263,16 @@ def _attend_decoding(
     window: int,
     softcap: float,
 ) -> None:
-    """One call for every sequence that decodes; the shapes are those of `attention`."""
+    """One call for all sequences; the shapes are those of `attention`."""
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    kernels.decode_attention(
+    kernels.attention(
         query.data_ptr(), query.stride(1), query.stride(2),
         key.data_ptr(), key.stride(1), key.stride(2),
         value.data_ptr(), value.stride(1), value.stride(2),
         cache.layers[layer].data_ptr(), output.data_ptr(),
         query.shape[1], key.shape[1], query.shape[3],
-        scale, window, softcap, rows.group(cache.group[layer]), rows.count,
+        scale, window, softcap, spans.group(cache.group[layer]), spans.count,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 NATIVE_ROWS = 48
 
 _NF4_BLOCK = 64
+_PANEL = 32  # outputs; kernels.cpp has the same number
 _TRIAL_ROWS = 8
 _TRIALS = 20
 
@@ -108,6 +109,41 @@ class FastLinear(NativeLinear):
         )  # fmt: skip
 
 
+class PanelLinear(NativeLinear):
+    """Float32 weights, rearranged into panels: the kernel for any number of rows."""
+
+    def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self.bias = linear.bias
+        self.out_features, self.in_features = linear.weight.shape
+        self._panels = to_panels(linear.weight.detach())
+        self._kernel = kernels.linear_panels
+        self._pointers = (self._panels.data_ptr(), _pointer(linear.bias))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out_features, in_features], put together anew."""
+        return from_panels(self._panels, self.out_features)
+
+    def takes(self, hidden: Tensor) -> bool:
+        """See `NativeLinear`."""
+        return hidden.is_contiguous()
+
+    def by_torch(self, hidden: Tensor) -> Tensor:
+        """See `NativeLinear`."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def call_kernel(
+        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
+    ) -> None:
+        """See `NativeLinear`."""
+        weight, bias = self._pointers
+        self._kernel(
+            hidden.data_ptr(), hidden.shape[-2], self.in_features, weight, bias,
+            output.data_ptr(), self.out_features, groups, count, low,
+        )  # fmt: skip
+
+
 class FastNf4Linear(NativeLinear):
     """NF4 weights of bitsandbytes, unpacked in registers while they are multiplied."""
 
@@ -142,32 +178,55 @@ class FastNf4Linear(NativeLinear):
         )  # fmt: skip
 
 
+def to_panels(weight: Tensor) -> Tensor:
+    """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32]."""
+    out_features, in_features = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -out_features % _PANEL))
+    return padded.view(-1, _PANEL, in_features).transpose(1, 2).contiguous()
+
+
+def from_panels(panels: Tensor, out_features: int) -> Tensor:
+    """The inverse of `to_panels`."""
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
+
+
 def use_fast_linears(model: Any, kernels: Kernels) -> None:
     """Replaces a model's float32 and NF4 linear layers in place; others stay as they are.
 
-    All stay where a short trial shows that torch's own product is faster: the kernel keeps its
-    partial sums in 32 wide registers, and is slow on a processor that has fewer.
+    Those of a kind stay where a short trial shows that torch's own product is faster.
     """
     modules = dict(model.named_modules())
-    plain = next((module for module in modules.values() if _is_plain(module)), None)
-    if plain is not None and not (are_forced() or _is_faster(FastLinear(plain, kernels))):
-        log.info("torch's own linear layers are faster here than the native kernel")
-        return
-    for name, module in modules.items():
-        fast: NativeLinear
-        if _is_plain(module):
-            fast = FastLinear(module, kernels)
-        elif _is_nf4(module):
-            fast = FastNf4Linear(module, kernels)
-        else:
+    embedding = model.get_input_embeddings().weight
+    chosen: dict[type, bool] = {}
+    for name in list(modules):
+        # Taken out, so that the weights of one layer at a time are held twice.
+        fast = _fast_layer(modules.pop(name), embedding, kernels)
+        if fast is None:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, fast)
+        kind = type(fast)
+        if kind not in chosen:
+            chosen[kind] = are_forced() or kind is FastNf4Linear or _is_faster(fast)
+            if not chosen[kind]:
+                log.info("torch's own product is faster here than the native %s", kind.__name__)
+        if chosen[kind]:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, fast)
 
 
-def _is_faster(layer: FastLinear) -> bool:
+def _fast_layer(module: Any, embedding: Tensor, kernels: Kernels) -> NativeLinear | None:
+    if _is_nf4(module):
+        return FastNf4Linear(module, kernels)
+    if not _is_plain(module):
+        return None
+    # A weight that the input embedding shares must stay as it is: rows are looked up in it.
+    is_shared = module.weight is embedding or module.weight.data_ptr() == embedding.data_ptr()
+    return FastLinear(module, kernels) if is_shared else PanelLinear(module, kernels)
+
+
+def _is_faster(layer: NativeLinear) -> bool:
     """Whether the kernel beats torch on a batch of eight rows."""
     hidden = torch.randn(1, _TRIAL_ROWS, layer.in_features)
+    weight: Any = layer.weight  # of panels it is put together anew each time
 
     def shortest(product: Callable[[Tensor], Tensor]) -> float:
         times = []
@@ -178,7 +237,8 @@ def _is_faster(layer: FastLinear) -> bool:
         return min(times)  # the least disturbed
 
     with torch.inference_mode():
-        by_kernel, by_torch = shortest(layer), shortest(layer.by_torch)
+        by_kernel = shortest(layer)
+        by_torch = shortest(lambda rows: F.linear(rows, weight, layer.bias))
     # Near a tie the kernel stays: it adds the adapters' updates in the same sweep.
     return by_kernel < 1.25 * by_torch
 

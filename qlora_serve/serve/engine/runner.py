@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
-from qlora_serve.serve.engine.attention import DecodeRows, KvCache, Span, StepContext, attach
+from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import use_fast_linears
 from qlora_serve.serve.engine.lora import (
@@ -107,11 +107,9 @@ class Runner:
             positions += range(chunk.start, chunk.start + chunk.count)
             spans.append(Span(first, len(ids), chunk.start, chunk.sequence.blocks.blocks))
         ends = [s.last - 1 for s, c in zip(spans, chunks, strict=True) if c.samples]
-        context.spans, context.decoding = spans, None
+        context.spans = spans
         if context.kernels is not None:
-            single = [span for span in spans if span.last - span.first == 1]
-            context.spans = [span for span in spans if span.last - span.first > 1]
-            context.decoding = DecodeRows(single, len(self.windows)) if single else None
+            context.native_spans = NativeSpans(spans, len(self.windows))
         context.adapter_rows = rows_by_adapter(
             [(c.count, c.sequence.request.adapter) for c in chunks]
         )

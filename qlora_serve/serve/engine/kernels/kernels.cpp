@@ -1,55 +1,12 @@
-// Decoding kernels for float32 on a CPU.
+// Linear layers for float32 on a CPU, with the updates of adapters.
 //
 // A decoding step multiplies every weight of the model with a handful of rows, one a sequence. The
 // libraries behind torch are made for larger matrices; here each weight is read from memory once and
 // multiplied with all rows while it is in a register, which comes close to what the memory allows.
-//
-// Plain C interface, no torch headers: it compiles in a second and is called through ctypes. The
-// vectors are GCC's and Clang's own extension, so the same source serves AVX-512, AVX2 and NEON.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "vectors.h"
 
 namespace {
-
-constexpr int64_t kWidth = 16;  // floats in a vector
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
-
-inline Vector load(const float* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
-
-// By halves: adding one element after the other would take longer than the products of a tile.
-inline float sum(Vector v) {
-  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
-                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vector total = {};
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) total += load(a + i) * load(b + i);
-  float s = sum(total);
-  for (; i < n; ++i) s += a[i] * b[i];
-  return s;
-}
-
-// y += factor * x
-inline void add_scaled(float* y, const float* x, float factor, int64_t n) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(y + i, load(y + i) + load(x + i) * factor);
-  for (; i < n; ++i) y[i] += x[i] * factor;
-}
 
 // Where a tile's weights come from: 16 neighbours of one output's row, as floats.
 struct FloatWeights {
@@ -177,11 +134,11 @@ inline void add_update(const AdapterRows& group, const float* low, float* y, int
 
 constexpr int64_t kLowChunk = 8;
 
-// y = x wᵀ + bias, plus each adapter's update of its own rows; see linear_f32.
-template <typename Weights>
-void linear(const float* x, int64_t rows, const Weights& w, const float* bias, float* y,
-            int64_t out, const AdapterRows* groups, int64_t count, float* low) {
-  const int64_t in = w.in;
+// Runs `compute(first, last)` for all outputs, `chunk` (a multiple of kWidth) of them at a time, and
+// adds to each chunk the adapters' updates of their own rows.
+template <typename Compute>
+void with_updates(const float* x, int64_t in, float* y, int64_t out, const AdapterRows* groups,
+                  int64_t count, float* low, int64_t chunk, const Compute& compute) {
   std::vector<LowItem> items;
   std::vector<int64_t> offsets(count);
   for (int64_t g = 0, offset = 0; g < count; ++g) {
@@ -204,14 +161,77 @@ void linear(const float* x, int64_t rows, const Weights& w, const float* bias, f
     }
     // Dynamic: on a shared machine one core may be slower than the other for a while.
 #pragma omp for schedule(dynamic)
-    for (int64_t chunk = 0; chunk < (out + kChunk - 1) / kChunk; ++chunk) {
-      const int64_t first = chunk * kChunk, last = std::min(first + kChunk, out);
-      outputs_of_rows(x, rows, w, bias, y, out, first, last);
+    for (int64_t number = 0; number < (out + chunk - 1) / chunk; ++number) {
+      const int64_t first = number * chunk, last = std::min(first + chunk, out);
+      compute(first, last);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t at = first; groups[g].rank > 0 && at < last; at += kWidth)
           add_update(groups[g], low + offsets[g], y, out, at, std::min(kWidth, last - at));
     }
   }
+}
+
+// y = x wᵀ + bias, plus each adapter's update of its own rows; see linear_f32.
+template <typename Weights>
+void linear(const float* x, int64_t rows, const Weights& w, const float* bias, float* y,
+            int64_t out, const AdapterRows* groups, int64_t count, float* low) {
+  with_updates(x, w.in, y, out, groups, count, low, kChunk, [&](int64_t first, int64_t last) {
+    outputs_of_rows(x, rows, w, bias, y, out, first, last);
+  });
+}
+
+// A panel holds the weights of 32 outputs, input by input: [in, 32]. Each input of a row is multiplied
+// with two vectors of weights, and the sums of 32 outputs stay in registers until they are whole:
+// nothing is added up across a vector, and the weights are read in one sweep.
+constexpr int64_t kPanel = 2 * kWidth;
+
+// Rows at a time: as many as leave their sums in the registers.
+#if defined(__AVX512F__)
+constexpr int kPanelRows = 14;
+#elif defined(__AVX2__)
+constexpr int kPanelRows = 3;
+#else
+constexpr int kPanelRows = 2;
+#endif
+
+template <int ROWS>
+inline void panel_rows(const float* x, int64_t in, const float* panel, const float* bias, float* y,
+                       int64_t out, int64_t width) {
+  Vector sums[ROWS][2] = {};
+  for (int64_t i = 0; i < in; ++i) {
+    const float* weights = panel + i * kPanel;
+    const Vector left = load(weights), right = load(weights + kWidth);
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r][0] += left * x[r * in + i];
+      sums[r][1] += right * x[r * in + i];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r, y += out) {
+    float whole[kPanel];
+    float* to = width == kPanel ? y : whole;
+    store(to, sums[r][0]);
+    store(to + kWidth, sums[r][1]);
+    if (to == whole) std::memcpy(y, whole, width * sizeof(float));
+    if (bias)
+      for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
+  }
+}
+
+template <int ROWS>
+void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel,
+                    const float* bias, float* y, int64_t out, int64_t width) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return panel_rows<ROWS>(x, in, panel, bias, y, out, width);
+    remaining_rows<ROWS - 1>(x, rows, in, panel, bias, y, out, width);
+  }
+}
+
+// The outputs of one panel, `width` of them, for all rows.
+void panel_product(const float* x, int64_t rows, int64_t in, const float* panel,
+                   const float* bias, float* y, int64_t out, int64_t width) {
+  for (; rows >= kPanelRows; rows -= kPanelRows, x += kPanelRows * in, y += kPanelRows * out)
+    panel_rows<kPanelRows>(x, in, panel, bias, y, out, width);
+  remaining_rows<kPanelRows - 1>(x, rows, in, panel, bias, y, out, width);
 }
 
 }  // namespace
@@ -226,68 +246,20 @@ void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const 
   linear(x, rows, FloatWeights{w, in}, bias, y, out, groups, count, low);
 }
 
+// The same for weights in panels: [out / 32 rounded up, in, 32], filled up with zeros.
+void linear_panels(const float* x, int64_t rows, int64_t in, const float* panels, const float* bias,
+                   float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
+  with_updates(x, in, y, out, groups, count, low, kPanel, [&](int64_t first, int64_t last) {
+    panel_product(x, rows, in, panels + first * in, bias ? bias + first : nullptr, y + first, out,
+                  last - first);
+  });
+}
+
 // The same for NF4 weights: codes [out, in / 2], scales [out, in / 64], table [16].
 void linear_nf4(const float* x, int64_t rows, int64_t in, const uint8_t* codes,
                 const float* scales, const float* table, const float* bias, float* y, int64_t out,
                 const AdapterRows* groups, int64_t count, float* low) {
   linear(x, rows, Nf4Weights{codes, scales, table, in}, bias, y, out, groups, count, low);
-}
-
-// One new token of one sequence.
-struct DecodeRow {
-  int64_t row;           // in the flat query, key, value and output
-  int64_t position;      // of the token
-  const int64_t* table;  // the block of the cache that holds each kBlock positions of the sequence
-};
-
-constexpr int64_t kBlock = 16;  // tokens of a block; scheduler.py has the same number
-
-// Stores each row's key and value in its sequence's blocks and attends to them.
-//   query [heads, dim], key and value [kv_heads, dim] of a row, `*_head` and `*_row` apart
-//   cache [blocks, 2, kv_heads, kBlock, dim]: keys, then values; output [row, heads, dim]
-//   window: tokens that a query sees, 0 for all; softcap: 0 for none
-void decode_attention_f32(const float* query, int64_t query_head, int64_t query_row,
-                          const float* key, int64_t key_head, int64_t key_row, const float* value,
-                          int64_t value_head, int64_t value_row, float* cache, float* output,
-                          int64_t heads, int64_t kv_heads, int64_t dim, float scale,
-                          int64_t window, float softcap, const DecodeRow* rows, int64_t count) {
-  const int64_t group = heads / kv_heads;
-  const int64_t half = kv_heads * kBlock * dim;  // from a block's keys to its values
-#pragma omp parallel
-  {
-    std::vector<float> scores;
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t kv = 0; kv < kv_heads; ++kv) {
-        const DecodeRow& row = rows[r];
-        const auto at = [&](int64_t t) {  // the key of a token
-          return cache + row.table[t / kBlock] * 2 * half + (kv * kBlock + t % kBlock) * dim;
-        };
-        float* own = at(row.position);
-        std::memcpy(own, key + kv * key_head + row.row * key_row, dim * sizeof(float));
-        std::memcpy(own + half, value + kv * value_head + row.row * value_row,
-                    dim * sizeof(float));
-        const int64_t end = row.position + 1;
-        const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
-        scores.resize(end - begin);
-        for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-          const float* q = query + h * query_head + row.row * query_row;
-          float largest = -INFINITY;
-          for (int64_t t = begin; t < end; ++t) {
-            float s = dot(q, at(t), dim) * scale;
-            if (softcap > 0) s = std::tanh(s / softcap) * softcap;
-            scores[t - begin] = s;
-            largest = std::max(largest, s);
-          }
-          float total = 0;
-          for (float& s : scores) total += s = std::exp(s - largest);
-          float* to = output + (row.row * heads + h) * dim;
-          std::fill(to, to + dim, 0.0f);
-          for (int64_t t = begin; t < end; ++t)
-            add_scaled(to, at(t) + half, scores[t - begin] / total, dim);
-        }
-      }
-  }
 }
 
 }  // extern "C"

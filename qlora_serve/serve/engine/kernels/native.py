@@ -1,4 +1,4 @@
-"""Building and loading `kernels.cpp`."""
+"""Building and loading the C++ kernels."""
 
 import ctypes
 import hashlib
@@ -15,7 +15,8 @@ from qlora_serve.base.source import cache_folder
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp")]
+_HEADERS = [Path(__file__).with_name("vectors.h")]
 # Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
 # number, and on some systems changes how the whole process treats tiny numbers.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
@@ -31,10 +32,10 @@ class AdapterRows(ctypes.Structure):
     _fields_ = (("first", _INT), ("last", _INT), ("rank", _INT), ("a", _POINTER), ("b", _POINTER))
 
 
-class DecodeRow(ctypes.Structure):
-    """One new token of one sequence; see kernels.cpp."""
+class SpanRows(ctypes.Structure):
+    """The new tokens of one sequence; see attention.cpp."""
 
-    _fields_ = (("row", _INT), ("position", _INT), ("table", _POINTER))
+    _fields_ = (("first", _INT), ("count", _INT), ("start", _INT), ("table", _POINTER))
 
 
 class Kernels:
@@ -46,15 +47,18 @@ class Kernels:
         self.linear.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
         ]  # fmt: skip
+        self.linear_panels = library.linear_panels
+        self.linear_panels.restype = None
+        self.linear_panels.argtypes = self.linear.argtypes
         self.linear_nf4 = library.linear_nf4
         self.linear_nf4.restype = None
         self.linear_nf4.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
             _POINTER, _INT, _POINTER,
         ]  # fmt: skip
-        self.decode_attention = library.decode_attention_f32
-        self.decode_attention.restype = None
-        self.decode_attention.argtypes = [
+        self.attention = library.attention_f32
+        self.attention.restype = None
+        self.attention.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER,
             _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _INT,
         ]  # fmt: skip
@@ -84,18 +88,20 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("there is no C++ compiler (g++)")
     openmp = _torch_openmp()
-    content = [_SOURCE.read_bytes(), " ".join((compiler, *_FLAGS, openmp)).encode(), _processor()]
+    content = [file.read_bytes() for file in (*_SOURCES, *_HEADERS)]
+    content += [" ".join((compiler, *_FLAGS, openmp)).encode(), _processor()]
     name = hashlib.sha256(b"\0".join(content)).hexdigest()[:24]
     library = cache_folder() / "kernels" / f"{name}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             fresh = Path(folder) / library.name
-            compiled = str(fresh.with_suffix(".o"))
-            for step in (
-                (compiler, *_FLAGS, "-c", str(_SOURCE), "-o", compiled),
-                (compiler, "-shared", compiled, openmp, "-o", str(fresh)),
-            ):
+            compiled = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
+            steps = [
+                (compiler, *_FLAGS, "-c", str(source), "-o", to)
+                for source, to in zip(_SOURCES, compiled, strict=True)
+            ]
+            for step in (*steps, (compiler, "-shared", *compiled, openmp, "-o", str(fresh))):
                 subprocess.run(step, check=True, capture_output=True, text=True, timeout=300)
             fresh.replace(library)
     return library
