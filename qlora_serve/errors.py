@@ -42,6 +42,14 @@ class UnknownAdapterError(AdapterError):
         super().__init__(f"no adapter or model is called {name!r}; known here: {listed}")
 
 
+class AdapterUnavailableError(AdapterError):
+    """A name whose adapter cannot be served now; the message says why."""
+
+
+class ForbiddenPathError(AdapterError):
+    """A path that this server was not told to load adapters from."""
+
+
 class TrainError(QloraServeError):
     """A training run that cannot go on, or whose result did not pass its checks."""
 

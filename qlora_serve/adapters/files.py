@@ -49,14 +49,16 @@ class AdapterFiles:
     def load_tensors(self) -> dict[str, Any]:
         """Reads every tensor to the CPU, as stored.
 
+        Into memory of its own: tensors that lie in the mapped file would change with it.
+
         Raises:
             AdapterError: the file went away or is corrupt.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         try:
-            return load_file(self.path / WEIGHTS_FILE)
+            return load((self.path / WEIGHTS_FILE).read_bytes())
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{self.path / WEIGHTS_FILE} cannot be read: {error}") from None
 

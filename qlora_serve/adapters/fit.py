@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from qlora_serve.adapters.files import AdapterFiles
@@ -14,6 +15,7 @@ from qlora_serve.errors import AdapterError
 
 _PREFIX = "base_model.model."
 _LISTED = 3
+_ABOUT_ORIGIN = frozenset({"base_model_name_or_path", "revision", "peft_version"})
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class FitChecker:
     def __init__(self, source: BaseSource) -> None:
         self.source = source
         self._answers: dict[str, ExpectedAdapter] = {}
+        self._lock = Lock()  # adapters may be checked from several threads
 
     def expected(self, adapter: AdapterFiles) -> ExpectedAdapter:
         """What PEFT would save for this adapter's config on this base.
@@ -61,10 +64,11 @@ class FitChecker:
         Raises:
             AdapterError: the config cannot be used, or matches no module of the base.
         """
-        key = json.dumps(dict(adapter.config), sort_keys=True, default=str)
-        if key not in self._answers:
-            self._answers[key] = _ask_peft(self.source, adapter)
-        return self._answers[key]
+        key = _question(adapter.config)
+        with self._lock:
+            if key not in self._answers:
+                self._answers[key] = _ask_peft(self.source, adapter)
+            return self._answers[key]
 
     def check(self, adapter: AdapterFiles) -> ExpectedAdapter:
         """Checks that every expected tensor is there, in its shape, and no other.
@@ -100,6 +104,23 @@ class FitChecker:
                 f"{self.source.display_name!r}: {'; '.join(problems)}"
             )
         return expected
+
+
+def _question(config: Mapping[str, Any]) -> str:
+    """The same text for configs of which PEFT makes the same.
+
+    PEFT writes sets in an order that differs from run to run.
+    """
+    unordered = {
+        name: sorted(value) if isinstance(value, list) and _is_text(value) else value
+        for name, value in config.items()
+        if name not in _ABOUT_ORIGIN
+    }
+    return json.dumps(unordered, sort_keys=True, default=str)
+
+
+def _is_text(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:

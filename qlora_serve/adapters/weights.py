@@ -100,13 +100,7 @@ def load_weights(adapter: AdapterFiles, fit: FitChecker) -> AdapterWeights:
         AdapterError: it does not fit the base, asks for what cannot be applied exactly, or holds
             NaN or infinite values.
     """
-    parse_config(adapter.config)  # before the fit: settings say more clearly what is wrong
-    reasons = unsupported_settings(adapter.config)
-    if reasons:
-        raise AdapterError(
-            f"adapter {adapter.path} needs what the engine cannot apply: {', '.join(reasons)}"
-        )
-    expected = fit.check(adapter)
+    expected = check_settings_and_fit(adapter, fit)
     tensors = adapter.load_tensors()
     check_finite(adapter, tensors)
     rest = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
@@ -122,6 +116,21 @@ def load_weights(adapter: AdapterFiles, fit: FitChecker) -> AdapterWeights:
         base_copies=_take(rest, ".base_layer.weight"),
         biases=_take_biases(adapter, rest),
     )
+
+
+def check_settings_and_fit(adapter: AdapterFiles, fit: FitChecker) -> ExpectedAdapter:
+    """Checks all of an adapter that can be checked without its weights.
+
+    Raises:
+        AdapterError: it does not fit the base, or asks for what cannot be applied exactly.
+    """
+    parse_config(adapter.config)  # before the fit: settings say more clearly what is wrong
+    reasons = unsupported_settings(adapter.config)
+    if reasons:
+        raise AdapterError(
+            f"adapter {adapter.path} needs what the engine cannot apply: {', '.join(reasons)}"
+        )
+    return fit.check(adapter)
 
 
 def check_finite(adapter: AdapterFiles, tensors: Mapping[str, Any]) -> None:

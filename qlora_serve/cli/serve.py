@@ -9,6 +9,10 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 _LIMITS = "Limits"
 _PANELS = dict.fromkeys(("max_model_len", "max_sequences", "max_step_tokens", "kv_memory"), _LIMITS)
+_PANELS |= dict.fromkeys(
+    ("adapter_memory", "adapter_host_memory", "pin", "strict", "adapter_root", "adapters_poll"),
+    "Many adapters",
+)
 
 
 @app.command()

@@ -41,6 +41,22 @@ class ServeSettings(Settings):
     prefix_cache: bool = True
     """Take over the keys and values of a prompt that begins like an earlier one, computed with the
     same adapter at the same scale."""
+    adapter_memory: str = "auto"
+    """Memory on the device for the adapters in use, such as 500MB; auto takes an eighth of what is
+    free."""
+    adapter_host_memory: str = "auto"
+    """Memory of the host for adapters that may be needed again; auto takes an eighth of what is
+    free."""
+    pin: tuple[str, ...] = ()
+    """An adapter that always stays on the device; may be given again."""
+    strict: bool = False
+    """Refuse to start when an adapter cannot be used, instead of serving the others."""
+    adapter_root: tuple[Path, ...] = ()
+    """A folder from which adapters may be loaded over HTTP, besides --adapters-dir; may be given
+    again."""
+    adapters_poll: float = Field(default=2.0, ge=0, le=3600)
+    """Seconds between two looks at --adapters-dir for new, changed and removed adapters; 0 never
+    looks again."""
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -59,7 +75,12 @@ class ServeSettings(Settings):
             pairs[name] = path
         return pairs
 
-    @field_validator("kv_memory")
+    @field_validator("pin", "adapter_root", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("kv_memory", "adapter_memory", "adapter_host_memory")
     @classmethod
     def _size(cls, value: str) -> str:
         if value != "auto":

@@ -11,7 +11,7 @@ from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.folder import check_name, find_adapters
 from qlora_serve.base.load import LoadedBase, load_base
 from qlora_serve.base.source import locate_base
-from qlora_serve.errors import ConfigError
+from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.progress import console, progress
 from qlora_serve.serve.api.app import create_app
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
@@ -20,9 +20,13 @@ from qlora_serve.serve.engine.engine import Engine
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
+from qlora_serve.serve.engine.watch import AdapterFolder
 from qlora_serve.settings import parse_bytes
 
+log = logging.getLogger(__name__)
+
 _FREE_MEMORY_SHARE = 0.25
+_ADAPTER_SHARE = 0.125
 _GRACEFUL_SECONDS = 10
 # On a CPU a step of 256 tokens takes a good part of a second, and a request that comes waits for
 # the one that is running.
@@ -35,7 +39,7 @@ def serve(settings: ServeSettings) -> None:
     Raises:
         ConfigError: the address is taken, or two adapters share a name.
         BaseModelError: the base cannot be loaded.
-        AdapterError: an adapter cannot be applied exactly.
+        AdapterError: with `strict`, an adapter cannot be applied exactly.
     """
     import uvicorn
 
@@ -54,28 +58,77 @@ def serve(settings: ServeSettings) -> None:
 
 
 def build_service(settings: ServeSettings) -> Service:
-    """Loads base and adapters; the engine is not started yet."""
-    paths = _adapter_paths(settings)
+    """Loads base and adapters; the engine is not started yet.
+
+    An adapter that cannot be used is recorded with the reason, and the others are served.
+    """
     source = locate_base(settings.base)
-    taken = {BASE_ALIAS, source.display_name, source.name} & paths.keys()
-    if taken:
-        raise ConfigError(f"the adapter name {taken.pop()!r} means the base; choose another")
+    _check_names(settings, {BASE_ALIAS, source.display_name, source.name})
     # Config and headers are enough to find most faults, minutes before a large base is loaded.
     fit = FitChecker(source)
-    for path in paths.values():
-        fit.check(read_adapter(path))
+    if settings.strict:
+        for path in _adapter_paths(settings).values():
+            fit.check(read_adapter(path))
     with progress(f"loading {settings.base}"):
         base = load_base(
             settings.base, settings.quantization, settings.dtype, device=settings.device
         )
     runner = Runner(base)
-    registry = AdapterRegistry(runner, fit)
-    if paths:
-        with progress("loading adapters", len(paths)) as bar:
-            for done, (name, path) in enumerate(paths.items(), 1):
-                adapter = registry.load(name, path)
-                bar.update(done, f"{name} {adapter.identity[7:19]}")
-    return Service(base, Engine(runner, _limits(settings, runner)), registry)
+    limits = _limits(settings, runner)
+    memory, host_memory = (
+        parse_bytes(size) if size != "auto" else int(free * _ADAPTER_SHARE)
+        for size, free in (
+            (settings.adapter_memory, _free_bytes(base)),
+            (settings.adapter_host_memory, _free_host_bytes()),
+        )
+    )
+    registry = AdapterRegistry(runner, fit, memory, host_memory)
+    folder = _load_adapters(settings, registry, {BASE_ALIAS, source.display_name, source.name})
+    engine = Engine(runner, limits, registry.residency)
+    registry.residency.wake = engine.wake
+    roots = tuple(root.resolve() for root in settings.adapter_root)
+    return Service(base, engine, registry, folder, roots, settings.adapters_poll)
+
+
+def _check_names(settings: ServeSettings, taken: set[str]) -> None:
+    paths = _adapter_paths(settings)
+    both = taken & paths.keys()
+    if both:
+        raise ConfigError(f"the adapter name {both.pop()!r} means the base; choose another")
+    unknown = sorted(set(settings.pin) - paths.keys())
+    if unknown:
+        listed = ", ".join(sorted(paths)) or "none"
+        raise ConfigError(f"--pin {unknown[0]}: no adapter has that name; known here: {listed}")
+    for root in settings.adapter_root:
+        if not root.is_dir():
+            raise ConfigError(f"--adapter-root {root}: no such folder")
+
+
+def _load_adapters(
+    settings: ServeSettings, registry: AdapterRegistry, taken: set[str]
+) -> AdapterFolder | None:
+    """Adds every adapter to the registry; returns the folder that is to be watched, if any."""
+    count = len(_adapter_paths(settings))
+    if count == 0 and settings.adapters_dir is None:
+        return None
+    folder = None
+    with progress("loading adapters", count) as bar:
+        # The pinned ones first: they must have room.
+        ordered = sorted(settings.adapter.items(), key=lambda item: item[0] not in settings.pin)
+        for done, (name, path) in enumerate(ordered, 1):
+            entry = registry.add(name, path, name in settings.pin)
+            bar.update(done, name)
+            if entry.reason:
+                log.warning("adapter %r cannot be used: %s", name, entry.reason)
+        if settings.adapters_dir is not None:
+            reserved = taken | settings.adapter.keys()
+            folder = AdapterFolder(registry, settings.adapters_dir, reserved)
+            before = len(settings.adapter)
+            folder.scan(settings.pin, lambda done, _, entry: bar.update(before + done, entry.name))
+    failed = [entry for entry in registry.entries() if entry.reason]
+    if failed and settings.strict:
+        raise AdapterError(f"{failed[0].reason} (--strict: {len(failed)} cannot be used)")
+    return folder
 
 
 def _adapter_paths(settings: ServeSettings) -> dict[str, Any]:
@@ -142,14 +195,22 @@ def limits_within(limits: Limits, memory: int, token_bytes: Callable[[int | None
 def _kv_bytes(settings: ServeSettings, base: LoadedBase) -> int:
     if settings.kv_memory != "auto":
         return parse_bytes(settings.kv_memory)
-    import psutil
+    return int(_free_bytes(base) * _FREE_MEMORY_SHARE)
+
+
+def _free_bytes(base: LoadedBase) -> int:
+    """Free memory of the device that computes."""
     import torch
 
     if base.device.type == "cuda":
-        free = torch.cuda.mem_get_info(base.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return int(free * _FREE_MEMORY_SHARE)
+        return int(torch.cuda.mem_get_info(base.device)[0])
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -170,6 +231,9 @@ def _listen(host: str, port: int) -> socket.socket:
 def _announce(service: Service, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     names = ", ".join(service.adapters.names()) or "none"
+    failed = [entry for entry in service.adapters.entries() if entry.content is None]
     console.print(f"base: {service.base_name} ({service.base.quantization}, {service.base.dtype})")
     console.print(f"adapters: {names}", soft_wrap=True)
+    for entry in failed:
+        console.print(f"failed: {entry.name}: {entry.reason}", soft_wrap=True, markup=False)
     console.print(f"listening on http://{host}:{port}/v1", soft_wrap=True)

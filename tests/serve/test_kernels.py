@@ -77,19 +77,21 @@ def test_linear_adds_each_adapters_update_to_its_own_rows(
 ) -> None:
     torch.manual_seed(0)
     weight, hidden = torch.randn(outside, inside), torch.randn(9, inside)
-    # first, last, rank; row 2 is the base's, and one group leaves this layer alone
-    ranges = [(0, 2, 4), (3, 4, 1), (4, 5, 0), (5, 9, 19)]
+    # first, last, rank; row 2 is the base's, one group leaves this layer alone, and rows 6 and 7
+    # have two adapters
+    ranges = [(0, 2, 4), (3, 4, 1), (4, 5, 0), (5, 9, 19), (6, 8, 3)]
     pairs = [(torch.randn(rank, inside), torch.randn(rank, outside)) for *_, rank in ranges]
     groups = (AdapterRows * len(ranges))()
     expected = F.linear(hidden, weight)
     blocks = [to_blocks(b) if len(b) else None for _, b in pairs]
-    zipped = zip(groups, ranges, pairs, blocks, strict=True)
-    for group, (first, last, rank), (a, b), blocked in zipped:
-        group.first, group.last, group.rank = first, last, rank
+    scales = [1.0, -0.5, 3.0, 0.25, 2.0]
+    zipped = zip(groups, ranges, pairs, blocks, scales, strict=True)
+    for group, (first, last, rank), (a, b), blocked, scale in zipped:
+        group.first, group.last, group.rank, group.scale = first, last, rank, scale
         if blocked is not None:
             group.a, group.b = a.data_ptr(), blocked.data_ptr()
             assert torch.equal(from_blocks(blocked, outside), b)
-        expected[first:last] += hidden[first:last] @ a.t() @ b
+        expected[first:last] += scale * (hidden[first:last] @ a.t() @ b)
     low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
     found = torch.empty(9, outside)
     kernel = kernels.linear_panels if in_panels else kernels.linear

@@ -192,6 +192,9 @@ def test_an_adapter_that_is_not_there_yet_is_passed_by_but_not_for_ever() -> Non
                 self.held.append(adapter.key)
             return adapter.key in self.ready
 
+        def withdraw(self, adapter) -> None:
+            pass
+
         def release(self, adapter) -> None:
             self.held.remove(adapter.key)
 

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from qlora_serve import __version__
-from qlora_serve.serve.api import chat, errors
+from qlora_serve.serve.api import adapters, chat, errors
 from qlora_serve.serve.api.service import Service
 
 
@@ -17,7 +17,7 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         try:
             yield
         finally:
@@ -32,6 +32,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     errors.install(app)
     app.include_router(chat.router)
+    app.include_router(adapters.router)
     _add_models(app, service)
     _add_health(app, service)
     return app

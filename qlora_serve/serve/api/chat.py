@@ -32,7 +32,7 @@ router = APIRouter()
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers with the base, or with the adapter that `adapter` or `model` names."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, body.adapter)
+    adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
     prompt = await service.tokenize_chat([m.as_template_input() for m in body.messages])
     generation = GenerationRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",

@@ -9,7 +9,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from qlora_serve.errors import (
+    AdapterError,
     EngineStoppedError,
+    ForbiddenPathError,
     QloraServeError,
     RequestError,
     UnknownAdapterError,
@@ -17,6 +19,7 @@ from qlora_serve.errors import (
 
 log = logging.getLogger(__name__)
 
+_UNUSABLE = "adapter_unusable"
 _NOT_AN_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
 
 
@@ -58,6 +61,11 @@ async def _domain(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(
             error_body(str(error), "not_found_error", "model", "model_not_found"), 404
         )
+    if isinstance(error, ForbiddenPathError):
+        return JSONResponse(error_body(str(error), "permission_error", "path"), 403)
+    if isinstance(error, AdapterError):
+        # Not a 5xx: asking again does not mend it.
+        return JSONResponse(error_body(str(error), "adapter_error", "adapter", _UNUSABLE), 422)
     if isinstance(error, EngineStoppedError):
         return JSONResponse(error_body(str(error), "server_error"), 503)
     if isinstance(error, RequestError):

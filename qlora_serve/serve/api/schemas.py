@@ -65,6 +65,22 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+MAX_SCALE = 10.0
+Scale = Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE, allow_inf_nan=False)]
+"""A finite number; beyond ten times what was trained, answers are noise."""
+
+
+class WeightedAdapter(BaseModel):
+    """A part of a composition."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """An adapter's name."""
+    weight: Scale = 1.0
+    """Multiplies its update."""
+
+
 class ChatRequest(BaseModel):
     """`POST /v1/chat/completions`."""
 
@@ -87,8 +103,11 @@ class ChatRequest(BaseModel):
     """The chat so far."""
     model: str | None = None
     """The base's name or an adapter's; the base when left out."""
-    adapter: str | None = None
-    """An adapter's name; wins over `model`."""
+    adapter: str | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=8)] | None = None
+    """An adapter's name, or up to 8 names with weights, whose updates are added; wins over
+    `model`."""
+    adapter_scale: Scale | None = None
+    """Multiplies the adapter's update; the adapter's own default, usually 1, when left out."""
     max_tokens: int | None = Field(default=None, ge=1)
     """The most tokens to generate; as many as fit when left out."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -135,6 +154,25 @@ class ChatRequest(BaseModel):
         if "" in value:
             raise ValueError("an empty text cannot end an answer")
         return value
+
+    @field_validator("adapter")
+    @classmethod
+    def _each_once(
+        cls, value: str | list[WeightedAdapter] | None
+    ) -> str | list[WeightedAdapter] | None:
+        if isinstance(value, list):
+            names = [part.name for part in value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{twice!r} is listed twice; list it once with the whole weight")
+        return value
+
+    @property
+    def wanted_adapter(self) -> str | list[tuple[str, float]] | None:
+        """`adapter` as the service takes it."""
+        if isinstance(self.adapter, list):
+            return [(part.name, part.weight) for part in self.adapter]
+        return self.adapter
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":

@@ -17,7 +17,8 @@ from qlora_serve.serve.engine.request import (
     Sequence,
 )
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import Chunk, Limits, Residency, Scheduler, Step
+from qlora_serve.serve.engine.scheduler import Chunk, Limits, Scheduler, Step
+from qlora_serve.serve.engine.slots import AdapterSlots
 from qlora_serve.serve.engine.text import TextAssembler
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,12 @@ class Engine:
     exactly once with `Finished` or `Failed`, after which it is never called again.
     """
 
-    def __init__(self, runner: Runner, limits: Limits, residency: Residency | None = None) -> None:
+    def __init__(
+        self, runner: Runner, limits: Limits, adapters: AdapterSlots | None = None
+    ) -> None:
         self.runner = runner
         self.limits = runner.allocate(limits)
-        self.scheduler = Scheduler(self.limits, residency)
+        self.scheduler = Scheduler(self.limits, adapters)
         self._stop_ids = runner.base.stop_token_ids
         self._inbox: queue.SimpleQueue[Sequence | str | _Wake | None] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}

@@ -1,7 +1,7 @@
 """Linear layers that add, to the rows of each adapter, that adapter's update.
 
 Config → weights → batch view: an `AdapterFiles` becomes `AdapterWeights` (adapters room), which
-become a `ResidentAdapter` on the device, and a step sees only rows and residents.
+become a `ResidentAdapter` on the device, and a step sees only rows, residents and scales.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,6 +28,7 @@ from qlora_serve.serve.engine.replaced import (
     own_module,
     wrap,
 )
+from qlora_serve.serve.engine.slots import ScaledAdapter
 
 # numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
 _NATIVE_ROWS = np.dtype(AdapterRows)
@@ -59,20 +60,22 @@ class ResidentPair:
         """Whether the two matrices are all."""
         return self.gain is None and self.offset is None
 
-    def update(self, output: Tensor, hidden: Tensor) -> None:
+    def update(self, output: Tensor, hidden: Tensor, scale: float = 1.0) -> None:
         """Turns the base's output [rows, out_features] for `hidden` [rows, in_features] into ours.
 
-        In place: `output` is a view of the whole step's.
+        In place: `output` is a view of the whole step's. `scale` is the request's own; where there
+        is a gain it is 1, since the gain holds for one scale only.
         """
+        assert scale == 1 or self.gain is None, "DoRA's gain holds for one scale"
         if self.gain is not None:
             output.mul_(self.gain)
         if self.a is not None:
             low = F.linear(hidden.to(self.a.dtype), self.a)  # [rows, rank]
             b_t = self.b_t if self.blocks is None else from_blocks(self.blocks, output.shape[1])
             assert b_t is not None
-            output.addmm_(low.to(output.dtype), b_t)
+            output.addmm_(low.to(output.dtype), b_t, alpha=scale)
         if self.offset is not None:
-            output.add_(self.offset)
+            output.add_(self.offset, alpha=scale)
 
     @property
     def size_bytes(self) -> int:
@@ -83,7 +86,7 @@ class ResidentPair:
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter on the engine's device. Requests hold it for as long as they run."""
+    """An adapter on the engine's device. Its slot keeps it there while requests run with it."""
 
     name: str
     """The name that it was loaded under; only for display."""
@@ -93,11 +96,6 @@ class ResidentAdapter:
     size_bytes: int
     own: Mapping[str, RowFunction] = field(default_factory=dict)
     """The path of a module → what computes this adapter's rows in its place."""
-
-    @property
-    def key(self) -> str:
-        """What keys and values depend on besides the tokens."""
-        return self.identity
 
     @cached_property
     def native_table(self) -> Any:
@@ -111,6 +109,16 @@ class ResidentAdapter:
                 entry["rank"] = pair.a.shape[0]
                 entry["a"], entry["b"] = pair.a.data_ptr(), pair.blocks.data_ptr()
         return table
+
+    @property
+    def key(self) -> tuple[tuple[str, float], ...]:
+        """See `AdapterSelection.key`."""
+        return ((self.identity, 1.0),)
+
+    @property
+    def residents(self) -> tuple[ScaledAdapter, ...]:
+        """See `AdapterSelection.residents`: an adapter is a selection of itself, unscaled."""
+        return (ScaledAdapter(self, 1.0),)
 
     @cached_property
     def is_plain(self) -> bool:
@@ -142,9 +150,9 @@ class AdapterLinear(nn.Module):
         else:
             output = base(hidden)
         for first, last, adapter in rows:
-            pair = adapter.pairs[self.index]
+            pair = adapter.resident.pairs[self.index]
             if pair is not None and (updates is None or pair.blocks is None):
-                pair.update(output[0, first:last], hidden[0, first:last])
+                pair.update(output[0, first:last], hidden[0, first:last], adapter.scale)
         return output
 
     @property
@@ -306,28 +314,32 @@ def linear_names(skeleton: Any) -> list[str]:
     return [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
 
 
-def rows_by_adapter(
-    counts: list[tuple[int, ResidentAdapter | None]],
-) -> list[tuple[int, int, ResidentAdapter]]:
+def rows_by_adapter(counts: list[tuple[int, Any]]) -> list[tuple[int, int, ScaledAdapter]]:
     """The flat rows of each adapter, for consecutive chunks of `count` rows.
 
-    Neighbouring chunks of the same adapter share one range, and the base's rows are in none.
+    Neighbouring chunks of the same selection share one range, the base's rows are in none, and
+    those of a composition are in one for each of its adapters.
+
+    Args:
+        counts: rows, and an `AdapterSelection` (a `ResidentAdapter` alone is one as well), or None
+            for the base.
 
     >>> a, b = ResidentAdapter("a", "1", (), 0), ResidentAdapter("b", "2", (), 0)
-    >>> [(f, l, x.name) for f, l, x in rows_by_adapter([(2, None), (3, a), (1, a), (1, b)])]
+    >>> rows = rows_by_adapter([(2, None), (3, a), (1, a), (1, b)])
+    >>> [(first, last, it.resident.name) for first, last, it in rows]
     [(2, 6, 'a'), (6, 7, 'b')]
     """
-    ranges: list[tuple[int, int, ResidentAdapter]] = []
+    ranges: list[tuple[int, int, Any]] = []
     first = 0
-    for count, adapter in counts:
+    for count, selection in counts:
         last = first + count
-        if adapter is not None:
-            if ranges and ranges[-1][2] is adapter and ranges[-1][1] == first:
-                ranges[-1] = (ranges[-1][0], last, adapter)
+        if selection is not None:
+            if ranges and ranges[-1][1] == first and ranges[-1][2].key == selection.key:
+                ranges[-1] = (ranges[-1][0], last, ranges[-1][2])
             else:
-                ranges.append((first, last, adapter))
+                ranges.append((first, last, selection))
         first = last
-    return ranges
+    return [(first, last, one) for first, last, them in ranges for one in them.residents]
 
 
 def to_blocks(b_t: Tensor) -> Tensor:
@@ -342,20 +354,23 @@ def from_blocks(blocks: Tensor, out_features: int) -> Tensor:
     return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)[:, :out_features]
 
 
-def native_updates(rows: list[tuple[int, int, ResidentAdapter]]) -> NativeUpdates | None:
+def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:
     """The step's plain updates for the kernels; None when no row has an adapter."""
     if not rows:
         return None
-    # [layers, groups], so that a layer's groups lie side by side.
-    groups = np.stack([adapter.native_table for *_, adapter in rows], axis=1)
+    # [layers, groups], so that a layer's groups lie side by side. The dtype is given because numpy
+    # would leave out the padding at a structure's end.
+    tables = [adapter.resident.native_table for *_, adapter in rows]
+    groups = np.stack(tables, axis=1, dtype=_NATIVE_ROWS)
     groups["first"] = [first for first, *_ in rows]
     groups["last"] = [last for _, last, _ in rows]
+    groups["scale"] = [adapter.scale for *_, adapter in rows]
     sizes = (groups["last"] - groups["first"]) * groups["rank"]
     return NativeUpdates(
         groups=groups.ctypes.data,
         count=len(rows),
         stride=groups.strides[0],
         low=torch.empty(int(sizes.sum(axis=1).max())),
-        leaves_some=not all(adapter.is_plain for *_, adapter in rows),
+        leaves_some=not all(adapter.resident.is_plain for *_, adapter in rows),
         keep=groups,
     )

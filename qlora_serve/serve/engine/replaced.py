@@ -20,8 +20,8 @@ from qlora_serve.serve.engine.linear import FastLinear, NativeLinear
 # Two adapters that load at once must not wrap a module twice: its update would count twice.
 _wrapping = Lock()
 
-RowFunction = Callable[[Tensor, Tensor], Tensor]
-"""(inputs [1, rows, ...], the base's output [1, rows, ...]) → the adapter's output."""
+RowFunction = Callable[[Tensor, Tensor, float], Tensor]
+"""(inputs [1, rows, ...], the output so far [1, rows, ...], the request's scale) → the output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,9 @@ class OwnModule:
 
     module: nn.Module
 
-    def __call__(self, inputs: Tensor, _: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, _: Tensor, scale: float) -> Tensor:
         """The copy's output."""
+        assert scale == 1, "a replaced module knows no scale; the registry refuses it"
         output: Tensor = self.module(inputs)
         return output
 
@@ -48,11 +49,12 @@ class EmbeddingUpdate:
     gain: Tensor | None
     """[hidden], float32"""
 
-    def __call__(self, ids: Tensor, output: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, output: Tensor, scale: float) -> Tensor:
         """Updates `output` [1, rows, hidden] for ids [1, rows]."""
+        assert scale == 1 or self.gain is None, "DoRA's gain holds for one scale"
         if self.gain is not None:
             output = (output * self.gain).to(output.dtype)
-        return output + F.embedding(ids, self.a_t) @ self.b_t
+        return output + F.embedding(ids, self.a_t) @ self.b_t * scale
 
 
 class AdapterModule(nn.Module):
@@ -71,9 +73,11 @@ class AdapterModule(nn.Module):
         context = self._context
         rows = context.output_rows if self._is_output else context.adapter_rows
         for first, last, adapter in rows:
-            own = adapter.own.get(self.name)
+            own = adapter.resident.own.get(self.name)
             if own is not None:
-                output[:, first:last] = own(inputs[:, first:last], output[:, first:last])
+                output[:, first:last] = own(
+                    inputs[:, first:last], output[:, first:last], adapter.scale
+                )
         return output
 
     @property

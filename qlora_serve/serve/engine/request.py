@@ -34,8 +34,8 @@ class GenerationRequest:
     """Token ids."""
     sampling: Sampling
     adapter: Any = None
-    """A `registry.ResidentAdapter`, pinned for the request's life; None for the base itself.
-    The engine compares it by identity of content, never by name."""
+    """A `slots.AdapterSelection`, pinned for the request's life; None for the base itself.
+    The engine compares it by identity of content and scale, never by name."""
     client: str = ""
     """Who asks. Places are shared out fairly between clients, and between adapters."""
     priority: int = 0

@@ -43,6 +43,8 @@ class Runner:
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
         self._dtype = getattr(torch, base.dtype)
+        self.item_bytes = self._dtype.itemsize
+        """Bytes of a number in the dtype that is computed in."""
         self._find_shapes()
 
     @property
@@ -132,9 +134,9 @@ class Runner:
         sequence.state = None
 
 
-def _adapter_order(chunk: Chunk) -> tuple[int, int]:
+def _adapter_order(chunk: Chunk) -> tuple[tuple[str, float], ...]:
     adapter = chunk.sequence.request.adapter
-    return (0, 0) if adapter is None else (1, id(adapter))
+    return () if adapter is None else adapter.key
 
 
 def _generator(sequence: Sequence) -> torch.Generator | None:

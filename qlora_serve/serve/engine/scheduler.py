@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine import request
 from qlora_serve.serve.engine.blocks import BlockGroup, BlockManager, Copy
 from qlora_serve.serve.engine.queueing import FairQueue, adapter_key, rank
+from qlora_serve.serve.engine.slots import AdapterSlots
 
 BLOCK_TOKENS = 16
 
@@ -102,28 +103,17 @@ class Step:
     """Sequences that can never run, and why; they are still to be removed."""
 
 
-class Residency(Protocol):
-    """Who knows whether an adapter can compute; see `slots.AdapterSlots`."""
-
-    def acquire(self, adapter: Any) -> bool:
-        """Holds an adapter for one sequence; False while it is not there yet.
-
-        Raises:
-            AdapterError: it will never be there.
-        """
-
-    def release(self, adapter: Any) -> None:
-        """Gives it back."""
-
-
 class AlwaysResident:
     """Every adapter is there."""
 
-    def acquire(self, adapter: Any) -> bool:
+    def acquire(self, selection: Any) -> bool:
         """Always True."""
         return True
 
-    def release(self, adapter: Any) -> None:
+    def release(self, selection: Any) -> None:
+        """Nothing to do."""
+
+    def withdraw(self, selection: Any) -> None:
         """Nothing to do."""
 
 
@@ -140,12 +130,12 @@ class Scheduler:
     admitted first, so that a stream of short prompts cannot hold up a long one for ever.
     """
 
-    def __init__(self, limits: Limits, residency: Residency | None = None) -> None:
+    def __init__(self, limits: Limits, adapters: AdapterSlots | None = None) -> None:
         self.limits = limits
         self.blocks = BlockManager(limits.groups, BLOCK_TOKENS, limits.reuse_prefixes)
         self.preemptions = 0
         """How often a running sequence had to give back its place."""
-        self._residency: Residency = residency or AlwaysResident()
+        self._adapters: AdapterSlots = adapters or AlwaysResident()
         self._queue = FairQueue()
         self._running: list[request.Sequence] = []
 
@@ -162,6 +152,8 @@ class Scheduler:
         """
         if sequence in self._running:
             self._stop_running(sequence, keep)
+        else:
+            self._adapters.withdraw(sequence.request.adapter)
         self._queue.forget(sequence)
 
     def schedule(self) -> Step:
@@ -221,7 +213,7 @@ class Scheduler:
             if id(sequence) in hopeless:
                 continue
             try:
-                is_there = self._residency.acquire(sequence.request.adapter)
+                is_there = self._adapters.acquire(sequence.request.adapter)
             except AdapterError as error:
                 step.failed.append((sequence, str(error)))
                 return True
@@ -229,7 +221,7 @@ class Scheduler:
                 continue
             if self._begin(sequence, step):
                 return True
-            self._residency.release(sequence.request.adapter)
+            self._adapters.release(sequence.request.adapter)
             return False  # a small one that overtook could starve a large one
         return False
 
@@ -295,7 +287,7 @@ class Scheduler:
 
     def _stop_running(self, sequence: request.Sequence, keep: bool) -> None:
         self._running.remove(sequence)
-        self._residency.release(sequence.request.adapter)
+        self._adapters.release(sequence.request.adapter)
         self.blocks.release(sequence.blocks, keep)
         sequence.blocks, sequence.computed = None, 0
 

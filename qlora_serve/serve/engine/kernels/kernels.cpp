@@ -104,11 +104,13 @@ void outputs_of_rows(const float* x, int64_t rows, const Weights& w, const float
 
 constexpr int64_t kChunk = 48;  // outputs that one thread computes at a time; a multiple of 16
 
-// The rows of one adapter, and its update of this layer: y[first:last] += (x aᵀ) b. Rank 0: none.
+// The rows of one adapter, and its update of this layer: y[first:last] += scale * (x aᵀ) b. Rank 0:
+// none. Rows with several adapters are in several groups, and each adds its own update.
 struct AdapterRows {
   int64_t first, last, rank;
   const float* a;  // [rank, in]
   const float* b;  // [out / 16 rounded up, rank, 16], with the scaling in it: read in one sweep
+  float scale;     // the request's own factor
 };
 
 // A piece of the low-rank products: some components of one group.
@@ -123,6 +125,7 @@ inline void add_update(const AdapterRows& group, const float* low, float* y, int
   for (int64_t row = group.first; row < group.last; ++row, low += group.rank) {
     Vector total = {};
     for (int64_t r = 0; r < group.rank; ++r) total += load(b + r * kWidth) * low[r];
+    total *= group.scale;
     float* to = y + row * out + at;
     if (width == kWidth) {
       store(to, load(to) + total);

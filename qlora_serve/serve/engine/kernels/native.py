@@ -29,7 +29,10 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class AdapterRows(ctypes.Structure):
     """The rows of one adapter and its update of a layer; see kernels.cpp."""
 
-    _fields_ = (("first", _INT), ("last", _INT), ("rank", _INT), ("a", _POINTER), ("b", _POINTER))
+    _fields_ = (
+        ("first", _INT), ("last", _INT), ("rank", _INT), ("a", _POINTER), ("b", _POINTER),
+        ("scale", _FLOAT),
+    )  # fmt: skip
 
 
 class SpanRows(ctypes.Structure):
