@@ -123,8 +123,8 @@ def _fixed_parts(config: Mapping[str, Any], expected: ExpectedAdapter) -> str:
 def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item: int) -> int:
     """An upper bound of the bytes that an adapter takes on the device.
 
-    Matrices in the dtype that is computed in, outputs filled up to a multiple of 16, everything
-    else as if in float32; trained tokens cost the whole matrix that they are rows of.
+    Matrices in the dtype that is computed in, outputs filled up to a multiple of 16; vectors as if
+    in float32; trained tokens cost the whole matrix that they are rows of.
     """
     total = 0
     for name, info in adapter.tensors.items():
@@ -139,7 +139,7 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
             count = 1
             for length in shape:
                 count *= length
-            total += count * (item if "lora_" in name and len(shape) == 2 else _FLOAT32)
+            total += count * (item if len(shape) == 2 else _FLOAT32)
     matrices = {}
     for name in expected.token_rows:
         weight = base.get_submodule(name).weight
