@@ -429,6 +429,30 @@ def test_the_folder_is_kept_in_step(runner, copies, paths, tmp_path, expected, s
     assert _collect(server.ask("a0")) == _text(runner, expected["a1"])
 
 
+def test_the_watch_notices_by_itself(runner, copies, paths, expected, start, monkeypatch) -> None:
+    folder = copies["a0"].parent
+    server = start()
+    watched = AdapterFolder(server.registry, folder)
+    watched.scan()
+    has_come = threading.Event()
+    real = server.registry.add
+
+    def add(name, path, pin=False):
+        entry = real(name, path, pin)
+        if not entry.reason:  # else it was met half copied
+            has_come.set()
+        return entry
+
+    monkeypatch.setattr(server.registry, "add", add)
+    watched.start(0.01)
+    try:
+        shutil.copytree(paths["a5"], folder / "late")
+        assert has_come.wait(60)
+        assert _collect(server.ask("late")) == _text(runner, expected["a5"])
+    finally:
+        watched.stop()
+
+
 def test_a_known_identity_is_not_computed_again_unless_a_file_changed(
     runner, copies, tmp_path, monkeypatch
 ) -> None:
