@@ -2,7 +2,7 @@
 
     python benchmarks/adapter_memory.py --base BASE --adapters DIR [--cycles 2000]
 
-Loads the adapters of a folder in turn under one name, as `POST /v1/adapters` does, unloads the name,
+Loads the adapters of a folder in turn under one name, as `POST /v1/adapters` does, unloads it again
 and prints the process's resident memory. The first tenth is for warming up.
 """
 
