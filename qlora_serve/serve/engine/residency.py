@@ -94,8 +94,8 @@ class Residency:
         with self._lock:
             try:
                 is_there = self._table.acquire(selection)
-                if not is_there and self._table.is_still:
-                    self.wake()  # asking again is all that is left
+                if not is_there and self._table.wants_retry(selection):
+                    self.wake()
                 return is_there
             finally:
                 self._hand_over()

@@ -18,6 +18,7 @@ SlotKey = tuple[str, float]
 """The identity of the content, and the scale that is worked into the device's tensors. The latter
 is 1 but for DoRA, whose gain holds for one scale only."""
 
+_RETRIES = 3
 _PATIENCE = 32
 """Requests that may pass one that waits for room, before room is kept for it."""
 
@@ -127,6 +128,8 @@ class _Turn:
     """Sequences that went ahead with adapters whose room this one needs."""
     asked: int = 0
     """The table's clock when it was last asked for."""
+    retries: int = 0
+    """How often it was to be asked for again at once."""
 
 
 class SlotTable:
@@ -252,6 +255,18 @@ class SlotTable:
         slots = self._slots.values()
         return not any(slot.references or slot.state == "loading" for slot in slots)
 
+    def wants_retry(self, selection: AdapterSelection) -> bool:
+        """Whether one who waits should be asked for again at once: no event will call for it.
+
+        A few times only, which `_rescue` needs; else the engine would spin until memory that is
+        kept for someone who does not run yet is given up.
+        """
+        turn = self._turns.get(selection)
+        if turn is None or not self.is_still or turn.retries >= _RETRIES:
+            return False
+        turn.retries += 1
+        return True
+
     def to_load(self) -> list[Slot]:
         """The slots for which loading has been decided since the last call."""
         starting, self._starting = self._starting, []
@@ -352,6 +367,9 @@ class SlotTable:
         if any(other.asked >= turn.asked for other in self._turns.values() if other is not turn):
             return
         turn.rank = min(other.rank for other in self._turns.values()) - 1
+        for slot in self._slots.values():
+            if all(other in self._turns for other in slot.selections):
+                slot.has_name = True  # kept for those who do not come: no longer
         self._begin()
 
 
