@@ -245,6 +245,20 @@ def test_only_allowed_folders_are_read(client, folder, tmp_path) -> None:
     assert client.get("/v1/adapters/one").json()["state"] == "ready", "the older one stays"
 
 
+def test_nothing_is_loaded_at_run_time_unless_a_folder_is_allowed(folder) -> None:
+    settings = ServeSettings(
+        base=str(folder / "tiny"), adapter={"one": folder / "adapters" / "one"}, dtype="float32"
+    )
+    with TestClient(create_app(build_service(settings))) as client:
+        path = str(folder / "adapters" / "two")
+        said = _error(client.post("/v1/adapters", json={"name": "two", "path": path}), 403)
+        assert "start it with --adapter-root" in said
+        assert "give the adapter's directory" in _error(
+            client.post("/v1/adapters", json={"name": "two"}), 400
+        )
+        assert client.get("/v1/adapters/one").json()["state"] == "ready"
+
+
 def test_strict_refuses_to_start(folder) -> None:
     with pytest.raises(AdapterError, match="cut short"):
         build_service(_settings(folder, strict=True))

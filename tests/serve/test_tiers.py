@@ -2,6 +2,7 @@
 
 import gc
 import queue
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -113,11 +114,11 @@ def start(runner) -> Iterator[Any]:
         server.close()
 
 
-def _answer(events: "queue.Queue[Event]") -> tuple[list[int], Finished | Failed]:
-    tokens: list[int] = []
+def _answer(events: "queue.Queue[Event]") -> tuple[str, Finished | Failed]:
+    text = ""
     while isinstance(event := events.get(timeout=60), Delta):
-        tokens += event.token_ids
-    return tokens, event
+        text += event.text
+    return text, event
 
 
 def _text(runner: Runner, tokens: list[int]) -> str:
@@ -125,10 +126,8 @@ def _text(runner: Runner, tokens: list[int]) -> str:
 
 
 def _collect(events: "queue.Queue[Event]") -> str:
-    text = ""
-    while isinstance(event := events.get(timeout=60), Delta):
-        text += event.text
-    assert isinstance(event, Finished), event
+    text, ending = _answer(events)
+    assert isinstance(ending, Finished), ending
     return text
 
 
@@ -161,6 +160,40 @@ def test_more_adapters_in_flight_than_fit_take_turns(
     assert 0 < server.registry.residency.used <= memory
     assert server.registry.host.used <= host_memory
     assert all(slot.references == 0 for slot in server.registry.residency.slots())
+
+
+def test_whoever_comes_and_goes_everyone_ends_once_and_nothing_stays_held(
+    runner, paths, expected, start
+) -> None:
+    """Adapters and compositions, aborted at any time, with room for few, while names change."""
+    server = start(memory=2 * _largest(runner, paths), host_memory=0)
+    names = [f"a{n}" for n in range(COUNT)]
+    for name in names:
+        server.registry.register(name, paths[name])
+    choices = random.Random(11)
+    asked = []
+    for number in range(60):
+        name = choices.choice(names)
+        adapter: Any = name
+        if number % 5 == 0:
+            others = choices.sample(names, 2)
+            adapter = server.registry.select([(other, 0.5) for other in others])
+        asked.append((name if adapter is name else None, server.ask(adapter, 6)))
+        if choices.random() < 0.3:
+            server.engine.abort(f"r{choices.randrange(1, number + 2)}")
+        if number == 30:
+            server.registry.unload("a0")
+            server.registry.register("a0", paths["a0"])
+    for name, events in asked:
+        text, ending = _answer(events)
+        assert isinstance(ending, Finished), ending
+        if ending.reason == "length" and name is not None:
+            assert text == _text(runner, expected[name][:6])
+        assert events.empty()
+    slots = server.registry.residency.slots()
+    assert all(slot.references == 0 for slot in slots)
+    assert server.registry.residency._table.waiting == 0
+    assert server.registry.residency.used <= server.registry.residency.capacity
 
 
 def test_an_adapter_that_can_never_fit_is_refused_with_the_numbers(runner, paths) -> None:

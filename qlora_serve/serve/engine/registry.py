@@ -1,5 +1,6 @@
 """The adapters that a server knows: names that point to content, in memory or on disk."""
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from qlora_serve.serve.engine.residency import HostCache, Residency
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scaling import scaled
 from qlora_serve.serve.engine.slots import AdapterSelection, Slot, SlotKey
+
+log = logging.getLogger(__name__)
 
 _UNBOUNDED = 2**62
 
@@ -107,15 +110,18 @@ class AdapterRegistry:
             adapter, expected, weights.identity, self._runner.base.model, self._runner.item_bytes
         )
         resident = self._runner.resident(name, weights)
-        self.host.put(weights)  # before a pin makes the loader look for them
+        self._keep(weights)  # before a pin makes the loader look for them
         entry = self._place(name, path, content, seen, pin)
         if self._slot_key(content, entry.default_scale) == (content.identity, 1.0):
             self.residency.adopt((content.identity, 1.0), content, resident, resident.size_bytes)
         return self.select([(name, None)])
 
     def add(self, name: str, path: Path, pin: bool = False) -> Registered:
-        """`load` while there is free room on the device, else `register`; never raises for a bad
-        adapter, whose name is then recorded with the reason."""
+        """`load` while there is free room on the device, else `register`.
+
+        Never raises: a bad adapter must not stop the others, so its name is recorded with the
+        reason.
+        """
         try:
             size = (path / WEIGHTS_FILE).stat().st_size
         except OSError:
@@ -127,6 +133,9 @@ class AdapterRegistry:
             return self.entry(name)
         except AdapterError as error:
             return self.fail(name, path, str(error))
+        except Exception as error:
+            log.exception("adapter %r cannot be loaded", name)
+            return self.fail(name, path, f"internal error: {error or type(error).__name__}")
 
     def fail(self, name: str, path: Path, reason: str) -> Registered:
         """Records that a name cannot be used; one that could goes on with what it had."""
@@ -303,13 +312,21 @@ class AdapterRegistry:
             weights = self.host.get(content.identity)
             if weights is None:
                 weights = self._read(content)
-                self.host.put(weights)
             resident = self._runner.resident(content.path.name, scaled(weights, slot.key[1]))
+            self._keep(weights)
         except AdapterError as error:
             self._note(content.identity, str(error))
             raise
         self._note(content.identity, "")
         return resident, resident.size_bytes
+
+    def _keep(self, weights: AdapterWeights) -> None:
+        """Keeps weights in the host's memory that have been put on the device once.
+
+        Without what only had to be compared with the base: an embedding may be larger than all
+        the rest.
+        """
+        self.host.put(replace(weights, base_copies={}))
 
     def _note(self, identity: str, load_error: str) -> None:
         """Records for listings how loading a content went."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qlora_serve.adapters.folder import find_adapters
-from qlora_serve.errors import ConfigError, QloraServeError, UnknownAdapterError
+from qlora_serve.errors import ConfigError, UnknownAdapterError
 from qlora_serve.serve.engine.content import Signature, signature
 from qlora_serve.serve.engine.registry import AdapterRegistry, Registered
 
@@ -84,7 +84,7 @@ class AdapterFolder:
                 self.scan()
             except ConfigError as error:
                 self._say(str(error))
-            except (OSError, QloraServeError):  # a file went away under our hands: next time
+            except Exception:  # such as a file that went away under our hands: next time
                 log.exception("looking at %s failed", self.path)
 
     def _remove(self, name: str) -> None:
