@@ -43,6 +43,18 @@ def new_sequence(prompt: list[int], adapter: Any) -> Sequence:
     return Sequence(request, deliver=lambda event: None)
 
 
+def give_blocks(runner: Runner, sequences: list[Sequence], more: int) -> None:
+    """Gives each sequence blocks for its prompt and `more` tokens; nothing is shared."""
+    limits = runner.allocate(Limits(len(sequences), 400 * len(sequences), 64, 400))
+    blocks = BlockManager(limits.groups, BLOCK_TOKENS)
+    for number, sequence in enumerate(sequences):
+        prompt = sequence.request.prompt
+        start = blocks.begin(number, prompt, [0] * len(limits.windows), 64)
+        assert start is not None
+        sequence.blocks = start.table
+        assert blocks.extend(sequence.blocks, sequence.length + more)
+
+
 def mixed_rows(
     runner: Runner, residents: Mapping[str, Any], lengths: Mapping[str, int], decode: int = 4
 ) -> dict[str, Found]:
@@ -61,14 +73,7 @@ def mixed_rows(
         )
         for name, length in lengths.items()
     }
-    limits = runner.allocate(Limits(len(sequences), 400 * len(sequences), 64, 400))
-    blocks = BlockManager(limits.groups, BLOCK_TOKENS)
-    for sequence in sequences.values():
-        prompt = sequence.request.prompt
-        start = blocks.begin(sequence.request.request_id, prompt, [0] * len(limits.windows), 64)
-        assert start is not None
-        sequence.blocks = start.table
-        assert blocks.extend(sequence.blocks, sequence.length + decode)
+    give_blocks(runner, list(sequences.values()), decode)
     first = [Chunk(s, 0, len(s.request.prompt) // 2) for s in sequences.values()]
     runner.forward(first)
     second = []

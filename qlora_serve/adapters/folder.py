@@ -29,8 +29,27 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: the folder is missing, or a directory's name cannot name an adapter.
     """
+    found, problems = find_usable(folder)
+    if problems:
+        raise ConfigError(problems[0])
+    return found
+
+
+def find_usable(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The adapters in a folder, by name, and what is wrong with the names of others.
+
+    Raises:
+        ConfigError: the folder is missing.
+    """
     if not folder.is_dir():
         raise ConfigError(f"no folder of adapters at {folder}")
-    found = (path for path in sorted(folder.iterdir()) if (path / CONFIG_FILE).is_file())
-    # Hidden directories are adapters that are still being written.
-    return {check_name(path.name): path for path in found if not path.name.startswith(".")}
+    found, problems = {}, []
+    for path in sorted(folder.iterdir()):
+        # Hidden directories are adapters that are still being written.
+        if path.name.startswith(".") or not (path / CONFIG_FILE).is_file():
+            continue
+        try:
+            found[check_name(path.name)] = path
+        except ConfigError as error:
+            problems.append(str(error))
+    return found, problems

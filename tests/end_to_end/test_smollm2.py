@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from mixed_batch import give_blocks
 from peft import PeftModel
 from server_process import running_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +114,7 @@ def test_a_mixed_batch_equals_each_alone_in_logits_and_text(base, adapters, alon
         for n, (who, prompt) in enumerate(prompts)
     ]
     largest = 0.0
+    give_blocks(runner, sequences, 16)
     chunks = [Chunk(s, 0, s.length) for s in sequences]
     for step in range(16):
         for chunk, logits in zip(chunks, runner.forward(chunks), strict=True):

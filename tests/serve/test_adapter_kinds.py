@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_batch import check_against_peft, load_residents, mixed_rows, new_sequence
+from mixed_batch import check_against_peft, give_blocks, load_residents, mixed_rows, new_sequence
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import write_random_adapter, write_tiny_model
@@ -123,6 +123,7 @@ def test_loading_while_others_decode_changes_nothing_for_them(tmp_path: Path) ->
         residents = load_residents(runner, {"plain": paths["plain"]})
         prompt = list(range(20, 40))
         sequences = [new_sequence(prompt, None), new_sequence(prompt, residents["plain"])]
+        give_blocks(runner, sequences, 4)
         rows = [runner.forward([Chunk(s, 0, len(prompt)) for s in sequences])]
         for step in range(4):
             if load_between and step == 2:

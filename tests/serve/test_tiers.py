@@ -452,6 +452,12 @@ def test_the_folder_is_kept_in_step(runner, copies, paths, tmp_path, expected, s
     assert "not a whole safetensors file" in registry.entry("half").reason
     assert _collect(server.ask("half")) == _text(runner, expected["a5"])
 
+    # A name that cannot be used holds up nobody.
+    shutil.copytree(paths["a5"], folder / "with a space")
+    shutil.copytree(paths["a4"], folder / "without")
+    watched.scan()
+    assert registry.names() == ["a0", "half", "linked", "without"]
+
     # Unloaded by hand: stays away, until its files change.
     registry.unload("a0")
     watched.scan()

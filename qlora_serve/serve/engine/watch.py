@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from qlora_serve.adapters.folder import find_adapters
+from qlora_serve.adapters.folder import find_usable
 from qlora_serve.errors import ConfigError, UnknownAdapterError
 from qlora_serve.serve.engine.content import Signature, signature
 from qlora_serve.serve.engine.registry import AdapterRegistry, Registered
@@ -47,9 +47,11 @@ class AdapterFolder:
             report: called with the count done, the count to do, and what was added.
 
         Raises:
-            ConfigError: the folder is missing, or a directory's name cannot name an adapter.
+            ConfigError: the folder is missing.
         """
-        found = find_adapters(self.path)
+        found, problems = find_usable(self.path)
+        for problem in problems:
+            self._say(f"in {self.path}: {problem}")
         for name in sorted(found.keys() & self._reserved):
             self._say(f"{found[name]} is not served: its name {name!r} is taken")
         signatures = {n: signature(p) for n, p in found.items() if n not in self._reserved}
