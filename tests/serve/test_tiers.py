@@ -410,6 +410,8 @@ def test_cycles_of_loading_and_unloading_leave_nothing(runner, paths) -> None:
         cycle()
     assert held() == before
     assert before["Tensor"] > 0
+    assert registry.residency.slots() == []
+    assert registry.host.used == 0
 
 
 def test_the_folder_is_kept_in_step(runner, copies, paths, tmp_path, expected, start) -> None:

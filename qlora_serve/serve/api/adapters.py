@@ -66,6 +66,7 @@ class VllmUnloadBody(BaseModel):
 def list_adapters(request: Request) -> dict[str, Any]:
     """In order of name, with the memory that all take together."""
     service = _service(request)
+    service.adapters.sweep()  # what the last requests of an unloaded name have left
     slots = service.adapters.residency.slots()
     return {
         "object": "list",

@@ -66,6 +66,7 @@ class AdapterFolder:
                 self._say(f"adapter {name!r} cannot be used: {entry.reason}")
             if report is not None:
                 report(done, len(changed), entry)
+        self._registry.sweep()  # also what the last requests of an unloaded name have left
 
     def start(self, interval: float) -> None:
         """Looks again every `interval` seconds, in a thread."""
