@@ -140,11 +140,8 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
             for length in shape:
                 count *= length
             total += count * (item if len(shape) == 2 else _FLOAT32)
-    matrices = {}
-    for name in expected.token_rows:
-        weight = base.get_submodule(name).weight
-        matrices[weight.data_ptr()] = weight.nbytes
-    return total + sum(matrices.values())
+    weights = [base.get_submodule(name).weight for name in expected.token_rows]
+    return total + sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 
 def signature(path: Path) -> Signature | None:

@@ -211,6 +211,7 @@ class AdapterLayers:
         """What the adapter does to modules in another way than by a linear layer's update."""
         parts = {module: dict(own) for module, own in weights.replaced.items()}
         with_new_rows: dict[int, Tensor] = {}
+        seen = []  # so that no address is used twice: a native layer builds its weight anew
         for module in weights.biases.keys() - self._index.keys():
             parts.setdefault(module, {})["bias"] = weights.biases[module]
         for module, tokens in weights.token_rows.items():
@@ -221,6 +222,7 @@ class AdapterLayers:
                     "that out, and the engine does not"
                 )
             weight = base.weight.detach()
+            seen.append(weight)
             if weight.data_ptr() not in with_new_rows:  # tied modules share one tensor
                 index = torch.tensor(tokens.indices, device=weight.device)
                 with_new_rows[weight.data_ptr()] = weight.index_copy(

@@ -115,6 +115,8 @@ def own_module(
             "norms of whole hidden states only"
         )
     new = dict(base._parameters)
+    if is_linear:  # a native layer may keep its weight in another form
+        new = {"weight": getattr(base, "weight", None), "bias": base.bias}
     for part, tensor in parameters.items():
         old = new.get(part)
         # Also catches weights that are packed: bitsandbytes stores bytes in another shape.
@@ -130,7 +132,7 @@ def own_module(
 def _linear(parameters: dict[str, Any], context: StepContext) -> nn.Module:
     out_features, in_features = parameters["weight"].shape
     linear = nn.Linear(in_features, out_features, device="meta")
-    linear.weight = parameters["weight"]
+    linear.weight = nn.Parameter(parameters["weight"], requires_grad=False)
     linear.register_parameter("bias", parameters.get("bias"))
     if context.kernels is None:
         return linear
