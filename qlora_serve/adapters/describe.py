@@ -1,37 +1,41 @@
 """An adapter in a few words and numbers, for people and scripts."""
 
-import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read_adapter
+from qlora_serve.adapters.folder import FolderEntry, scan_adapters
 from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.manifest import MANIFEST_FILE
-from qlora_serve.adapters.weights import AdapterWeights
-from qlora_serve.errors import AdapterError, ConfigError
+from qlora_serve.adapters.store import AdapterStore
+from qlora_serve.errors import AdapterError
 
 _MARKS = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, "adapter_model.bin")
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
-def describe(adapter: AdapterFiles) -> dict[str, Any]:
+def describe(adapter: AdapterFiles, entry: FolderEntry | None = None) -> dict[str, Any]:
     """What an adapter is, as `adapters list --json` prints it.
+
+    Args:
+        adapter: its directory.
+        entry: what a folder knows of it: its name, and of a managed one the identity, so that its
+            weights need not be read.
 
     Raises:
         AdapterError: its weights cannot be read.
     """
+    known = entry.identity if entry is not None else None
     return {
-        "name": adapter.path.name,
+        "name": entry.name if entry is not None else adapter.path.name,
         "path": str(adapter.path),
+        "managed": entry is not None and entry.is_managed,
         "kind": kind_of(adapter.config),
         "rank": ranks_of(adapter.config),
         "target_modules": targets_of(adapter.config),
         "size_bytes": adapter.size_bytes,
         "base": adapter.base_name,
-        "identity": content_identity(adapter),
+        "identity": known or content_identity(adapter),
     }
 
 
@@ -41,17 +45,23 @@ def describe_folder(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the folder is missing.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"no folder of adapters at {folder}")
+    entries = AdapterStore(folder).list()
+    refused = scan_adapters(folder).refused
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.iterdir()):
-        # Hidden directories are adapters that are still being written.
-        if path.name.startswith(".") or not any((path / mark).exists() for mark in _MARKS):
+        name = path.name
+        # Hidden directories are the store's own, or adapters that are still being written.
+        if name.startswith("."):
+            continue
+        entry = entries.get(name)
+        if entry is None and not any((path / mark).exists() for mark in _MARKS):
             continue
         try:
-            rows.append(describe(read_adapter(path)))
+            if name in refused:
+                raise AdapterError(refused[name])
+            rows.append(describe(read_adapter(entry.path if entry else path), entry))
         except AdapterError as error:
-            rows.append({"name": path.name, "path": str(path), "error": str(error)})
+            rows.append({"name": name, "path": str(path), "error": str(error)})
     return rows
 
 
@@ -80,18 +90,3 @@ def targets_of(config: Mapping[str, Any]) -> list[str]:
     """The target modules, sorted; a pattern stands alone."""
     targets = config.get("target_modules") or []
     return [targets] if isinstance(targets, str) else sorted(targets)
-
-
-def layer_norms(weights: AdapterWeights) -> dict[str, float]:
-    """Layer → Frobenius norm of all its updates `scaling * B A`.
-
-    Without building the [out, in] product: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, both [rank, rank]. A layer far
-    from the others, or one at 0, shows where training went wrong.
-    """
-    squares: dict[str, float] = defaultdict(float)
-    for name, pair in weights.modules.items():
-        a, b = pair.a.double(), pair.b.double()
-        square = float(((b.T @ b) * (a @ a.T)).sum()) * pair.scaling**2
-        found = _LAYER.search(f".{name}.")
-        squares[found[1] if found else name] += max(0.0, square)
-    return {layer: math.sqrt(square) for layer, square in squares.items()}

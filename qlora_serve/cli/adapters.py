@@ -1,31 +1,52 @@
 """`qlora-serve adapters`."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from qlora_serve.adapters.files import AdapterFiles
-    from qlora_serve.base.source import BaseSource
+from qlora_serve.cli import adapter_tables as tables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-_Directory = Annotated[Path, typer.Argument(help="The adapter's directory.", metavar="DIR")]
+_Adapter = Annotated[
+    str,
+    typer.Argument(help="The adapter's directory, or its name in the store.", metavar="ADAPTER"),
+]
+_Name = Annotated[str, typer.Argument(help="The adapter's name in the store.", metavar="NAME")]
+_Store = Annotated[
+    Path, typer.Option("--adapters-dir", help="The store: a folder of adapters.", metavar="DIR")
+]
+_Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace an adapter of that name, in one step.")
+]
+_Force = Annotated[
+    bool, typer.Option("--force", help="Also touch a directory that was put there by hand.")
+]
+_FOLDER = Path("adapters")
+_MAX_UNPACKED = "4GiB"
 
 
 @app.callback()
 def adapters() -> None:
-    """List, show and check adapters."""
+    """Keep, show, check and convert adapters."""
 
 
 @app.command("list")
 def list_adapters(
     folder: Annotated[
-        Path, typer.Argument(help="A folder with one directory for each adapter.")
-    ] = Path("adapters"),
+        Path | None, typer.Argument(help="The same as --adapters-dir.", metavar="[FOLDER]")
+    ] = None,
+    adapters_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapters-dir", help="A folder of adapters; ./adapters by default.", metavar="DIR"
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """List the adapters in a folder; a broken one is listed with its reason.
@@ -37,55 +58,61 @@ def list_adapters(
         qlora-serve adapters list /srv/adapters --json
     """
     from qlora_serve.adapters.describe import describe_folder
+    from qlora_serve.errors import UsageError
 
-    rows = describe_folder(folder)
+    if folder is not None and adapters_dir is not None:
+        raise UsageError(f"give either {folder} or --adapters-dir {adapters_dir}, not both")
+    chosen = folder or adapters_dir or _FOLDER
+    rows = describe_folder(chosen)
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        _print_json(rows)
     elif rows:
-        _print_list(rows)
+        tables.print_list(rows)
     else:
-        typer.echo(f"no adapters in {folder}; make one with `qlora-serve train`")
+        typer.echo(f"no adapters in {chosen}; make one with `qlora-serve train`")
 
 
 @app.command()
-def show(directory: _Directory, as_json: _Json = False) -> None:
+def show(adapter: _Adapter, adapters_dir: _Store = _FOLDER, as_json: _Json = False) -> None:
     """Show what an adapter is and how it was trained.
 
     Examples:
 
         qlora-serve adapters show adapters/mine
+
+        qlora-serve adapters show mine --adapters-dir /srv/adapters
     """
+    from math import prod
+
     from qlora_serve.adapters.describe import describe
     from qlora_serve.adapters.files import read_adapter
 
-    adapter = read_adapter(directory)
-    shown = describe(adapter) | {
-        "alpha": adapter.config.get("lora_alpha"),
-        "tensors": len(adapter.tensors),
-        "parameters": sum(_count(info.shape) for info in adapter.tensors.values()),
-    }
-    manifest = adapter.manifest
+    with _located(adapter, adapters_dir) as (path, entry):
+        files = read_adapter(path)
+        shown = describe(files, entry) | {
+            "alpha": files.config.get("lora_alpha"),
+            "tensors": len(files.tensors),
+            "parameters": sum(prod(info.shape) for info in files.tensors.values()),
+        }
+    manifest = files.manifest
     training = manifest.model_dump(exclude={"probes"}) if manifest is not None else None
     if as_json:
-        config = dict(adapter.config)
-        typer.echo(json.dumps(shown | {"training": training, "config": config}, indent=2))
-        return
-    _print_fields(shown)
-    if training is None:
-        typer.echo("\nno qlora_serve.json: made elsewhere, so its training is not recorded")
-        return
-    for title, part in training.items():
-        if isinstance(part, dict) and part:
-            typer.echo(f"\n{title}")
-            _print_fields(part, indent="  ")
+        _print_json(shown | {"training": training, "config": dict(files.config)})
+    else:
+        tables.print_adapter(shown, training)
 
 
 @app.command()
 def check(
-    directory: _Directory,
+    adapter: _Adapter,
     base: Annotated[
         str | None, typer.Option(help="The base to check against; by default the adapter's own.")
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Another adapter to compare it with, layer by layer.", metavar="ADAPTER"),
+    ] = None,
+    adapters_dir: _Store = _FOLDER,
     as_json: _Json = False,
 ) -> None:
     """Check all that a server checks when it loads an adapter; exits 1 when it would refuse.
@@ -95,124 +122,217 @@ def check(
         qlora-serve adapters check adapters/mine
 
         qlora-serve adapters check adapters/mine --base smollm2 --json
+
+        qlora-serve adapters check adapters/mine --compare adapters/mine-before
     """
+    from qlora_serve.adapters.check import check_adapter, compare_adapters
     from qlora_serve.errors import QloraServeError
 
     try:
-        result = _check(directory, base)
+        with _located(adapter, adapters_dir) as (path, _):
+            result = check_adapter(path, base)
+            if compare is not None:
+                with _located(compare, adapters_dir) as (other, _):
+                    result["comparison"] = compare_adapters(path, other, base)
     except QloraServeError as error:
         if as_json:
-            typer.echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
+            _print_json({"ok": False, "error": str(error)})
         raise
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        _print_json(result)
+    else:
+        tables.print_check(adapter, compare, result)
+
+
+@app.command()
+def add(
+    name: _Name,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A directory, a checkpoint-N directory, an archive (.zip, .tar, .tar.gz), "
+            "org/name[@revision] on the hub, or modelscope:org/name[@revision].",
+            metavar="SOURCE",
+        ),
+    ],
+    adapters_dir: _Store = _FOLDER,
+    replace: _Replace = False,
+    force: _Force = False,
+    max_unpacked_size: Annotated[
+        str, typer.Option(help="What an archive may unpack to, such as 500MB.", metavar="SIZE")
+    ] = _MAX_UNPACKED,
+    as_json: _Json = False,
+) -> None:
+    """Take a copy of an adapter into the store; a running server sees it at once.
+
+    Examples:
+
+        qlora-serve adapters add mine runs/mine
+
+        qlora-serve adapters add mine runs/mine.checkpoints/checkpoint-200 --replace
+
+        qlora-serve adapters add theirs org/their-adapter@main --adapters-dir /srv/adapters
+    """
+    from qlora_serve.adapters.sources import find_source
+    from qlora_serve.adapters.store import AdapterStore
+
+    fill = find_source(source, _parse_size(max_unpacked_size))
+    added = AdapterStore(adapters_dir).add(name, fill, source, replace=replace, force=force)
+    if as_json:
+        _print_json(
+            {
+                "name": name,
+                "path": str(adapters_dir / name),
+                "identity": added.entry.identity,
+                "replaced": added.replaced,
+                "unchanged": added.unchanged,
+                "left_out": list(added.left_out),
+            }
+        )
         return
-    for warning in result["warnings"]:
-        typer.echo(f"warning: {warning}")
-    norms = result["layer_norms"]
-    shown = "  ".join(f"{layer}:{norm:.3g}" for layer, norm in norms.items())
-    typer.echo(f"size of the update in each layer: {shown}")
-    typer.echo(
-        f"ok: {directory} fits {result['base']} ({result['modules']} modules, rank "
-        f"{result['max_rank']}, {result['identity'][:19]})"
-    )
+    done = "is already" if added.unchanged else "replaced in" if added.replaced else "added to"
+    typer.echo(f"{name} {done} {adapters_dir} ({str(added.entry.identity)[:19]})")
+    if added.left_out:
+        typer.echo(f"left out, no part of an adapter: {', '.join(added.left_out)}")
 
 
-def _check(directory: Path, base: str | None) -> dict[str, Any]:
-    from qlora_serve.adapters.describe import layer_norms
+@app.command()
+def remove(
+    name: _Name, adapters_dir: _Store = _FOLDER, force: _Force = False, as_json: _Json = False
+) -> None:
+    """Remove an adapter from the store; a running server lets go of it.
+
+    Examples:
+
+        qlora-serve adapters remove mine
+    """
+    from qlora_serve.adapters.store import AdapterStore
+
+    AdapterStore(adapters_dir).remove(name, force=force)
+    if as_json:
+        _print_json({"removed": name})
+    else:
+        typer.echo(f"{name} removed from {adapters_dir}")
+
+
+@app.command()
+def rename(
+    name: _Name,
+    new_name: Annotated[str, typer.Argument(help="What to call it.", metavar="NEW_NAME")],
+    adapters_dir: _Store = _FOLDER,
+    replace: _Replace = False,
+    force: _Force = False,
+    as_json: _Json = False,
+) -> None:
+    """Give an adapter another name, in one step.
+
+    Examples:
+
+        qlora-serve adapters rename mine mine-v1
+    """
+    from qlora_serve.adapters.store import AdapterStore
+
+    entry = AdapterStore(adapters_dir).rename(name, new_name, replace=replace, force=force)
+    if as_json:
+        _print_json({"name": new_name, "was": name, "identity": entry.identity})
+    else:
+        typer.echo(f"{name} is now {new_name} in {adapters_dir}")
+
+
+@app.command()
+def clean(
+    adapters_dir: _Store = _FOLDER,
+    now: Annotated[
+        bool, typer.Option("--now", help="Also what lost its name only minutes ago.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Delete content that no name points to any more, and what killed processes left.
+
+    Every other command that writes does the same in passing.
+
+    Examples:
+
+        qlora-serve adapters clean --now
+    """
+    from qlora_serve.adapters.store import AdapterStore
+    from qlora_serve.errors import ConfigError
+
+    if not adapters_dir.is_dir():
+        raise ConfigError(f"no folder of adapters at {adapters_dir}")
+    count = AdapterStore(adapters_dir).clean(0 if now else None)
+    if as_json:
+        _print_json({"removed_objects": count})
+    else:
+        typer.echo(f"deleted the content of {count} adapters that have no name in {adapters_dir}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A directory, or an archive, with adapter_model.bin.")
+    ],
+    dest: Annotated[Path, typer.Argument(help="The new directory.")],
+    max_unpacked_size: Annotated[
+        str, typer.Option(help="What an archive may unpack to, such as 500MB.", metavar="SIZE")
+    ] = _MAX_UNPACKED,
+    as_json: _Json = False,
+) -> None:
+    """Make safetensors of an adapter's pickled weights, in a process with limits.
+
+    Only tensors are read: anything else in the pickle is refused, and nothing in it runs.
+
+    Examples:
+
+        qlora-serve adapters convert old/mine adapters/mine
+    """
+    from qlora_serve.adapters.convert import convert_adapter
+    from qlora_serve.adapters.describe import describe
     from qlora_serve.adapters.files import read_adapter
-    from qlora_serve.adapters.fit import FitChecker
-    from qlora_serve.adapters.weights import load_weights
 
-    adapter = read_adapter(directory)
-    source = _locate(adapter, base)
-    weights = load_weights(adapter, FitChecker(source))
-    warnings = []
-    if weights.is_dead:
-        warnings.append("every update is zero: this adapter answers exactly as the base does")
-    other = _other_weights(adapter, source)
-    if other is not None:
-        warnings.append(other)
-    return {
-        "ok": True,
-        "base": source.display_name,
-        "identity": weights.identity,
-        "modules": len(weights.modules),
-        "max_rank": weights.max_rank,
-        "warnings": warnings,
-        "layer_norms": layer_norms(weights),
-    }
+    left_out = convert_adapter(source, dest, _parse_size(max_unpacked_size))
+    shown = describe(read_adapter(dest))
+    if as_json:
+        _print_json(shown | {"left_out": left_out})
+    else:
+        typer.echo(f"{source} converted to {dest} ({shown['identity'][:19]})")
 
 
-def _locate(adapter: "AdapterFiles", base: str | None) -> "BaseSource":
-    from qlora_serve.base.source import locate_base
-    from qlora_serve.errors import AdapterError, BaseModelError
+@contextmanager
+def _located(adapter: str, folder: Path) -> Iterator[tuple[Path, Any]]:
+    """A directory, or what a name in the store points to, with errors that say the name.
 
-    if base is not None:
-        return locate_base(base)
-    if adapter.base_name is None:
-        raise AdapterError(
-            f"adapter {adapter.path} does not say which base it was trained on; pass --base"
-        )
+    A directory wins, unless the store was named with --adapters-dir.
+    """
+    from qlora_serve.adapters.store import AdapterStore
+    from qlora_serve.errors import AdapterError
+
+    path = Path(adapter).expanduser()
+    is_chosen = folder != _FOLDER and (folder / adapter).is_dir()
+    if path.is_dir() and not is_chosen:
+        folder, adapter = path.parent, path.name
+        if not path.is_symlink():
+            yield path, None
+            return
+    elif "/" in adapter or not folder.is_dir():
+        raise AdapterError(f"no adapter at {adapter}: no such directory, nor a store at {folder}")
+    entry = AdapterStore(folder).get(adapter)
     try:
-        return locate_base(adapter.base_name)
-    except BaseModelError as error:
-        raise AdapterError(
-            f"the base of adapter {adapter.path} is not here ({error}); pass --base with where it "
-            "is now"
-        ) from None
+        yield entry.path, entry
+    except AdapterError as error:
+        text = str(error).replace(str(entry.path.resolve()), str(folder / adapter))
+        raise AdapterError(text.replace(str(entry.path), str(folder / adapter))) from None
 
 
-def _other_weights(adapter: "AdapterFiles", source: "BaseSource") -> str | None:
-    from qlora_serve.base.identity import fingerprint
+def _parse_size(text: str) -> int:
+    from qlora_serve.errors import UsageError
+    from qlora_serve.settings import parse_bytes
 
-    if adapter.manifest is None:
-        return None
-    trained_on = adapter.manifest.base
-    if trained_on.fingerprint in (fingerprint(source), source.unquantized_fingerprint):
-        return None
-    return (
-        f"{source.display_name} does not hold the weights that the adapter was trained on "
-        f"({trained_on.name}); answers are only right if it is the same model in another dtype or "
-        "quantization"
-    )
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--max-unpacked-size: {error}") from None
 
 
-def _print_list(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for heading in ("name", "kind", "rank", "targets", "size", "base", "identity"):
-        table.add_column(heading, overflow="fold")
-    broken = [row for row in rows if "error" in row]
-    for row in rows:
-        if "error" in row:
-            table.add_row(Text(row["name"]), Text("broken", style="red"), *[""] * 5)
-            continue
-        table.add_row(
-            Text(row["name"]),
-            row["kind"],
-            row["rank"],
-            Text(", ".join(row["target_modules"])),
-            f"{row['size_bytes'] / 2**20:.1f} MB",
-            Text(row["base"] or "not recorded"),
-            row["identity"].removeprefix("sha256:")[:12],
-        )
-    Console(highlight=False).print(table)
-    for row in broken:
-        typer.echo(f"broken: {row['error']}")
-
-
-def _print_fields(fields: dict[str, Any], indent: str = "") -> None:
-    width = max(len(name) for name in fields)
-    for name, value in fields.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        typer.echo(f"{indent}{name.replace('_', ' '):<{width}}  {text}")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    from math import prod
-
-    return prod(shape)
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2))

@@ -18,7 +18,7 @@ _COMMANDS = {
     "train": "Train a LoRA adapter on a base model.",
     "serve": "Serve one base model with many adapters.",
     "merge": "Bake an adapter into its unquantized base, and prove the result.",
-    "adapters": "List, show and check adapters.",
+    "adapters": "Keep, show, check and convert adapters.",
     "compare": "Ask base and adapters the same question, side by side.",
     "chat": "Talk to a served model in the terminal.",
     "base": "Prepare a base model.",
