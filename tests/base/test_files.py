@@ -1,12 +1,14 @@
 """A directory appears whole or not at all."""
 
 import errno
+import os
+import signal
 import threading
 
 import pytest
 
 from qlora_serve.errors import OutputError
-from qlora_serve.files import published_directory
+from qlora_serve.files import exclusive_lock, held_staging, published_directory
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
@@ -92,3 +94,59 @@ def test_disk_errors_are_the_users(tmp_path, error, words):
     ):
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def in_child(work):
+    """Forks; the child does its work and is killed the hard way. Gives its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    target = tmp_path / "out"
+
+    def fill_and_die():
+        with published_directory(target) as folder:
+            (folder / "half").write_text("x" * 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(fill_and_die) == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    # Another output's leftovers, and hidden directories that only look alike, are not its own.
+    kept = [tmp_path / ".other.00000000.staging", tmp_path / ".out.settings", tmp_path / ".out.x"]
+    for folder in kept:
+        folder.mkdir()
+    with published_directory(target) as folder:
+        assert not left.exists()
+        (folder / "whole").write_text("x")
+    assert sorted(tmp_path.iterdir()) == sorted([target, *kept])
+
+
+def test_staging_of_a_living_process_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+    with held_staging(tmp_path, "out") as staging:
+        (staging / "mine").write_text("x")
+        with published_directory(target) as folder:
+            (folder / "file").write_text("x")
+        assert (staging / "mine").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_lock_ends_with_its_holder(tmp_path):
+    lock = tmp_path / "lock"
+    held = exclusive_lock(lock)
+    assert in_child(held.__enter__) == signal.SIGKILL
+    with exclusive_lock(lock, wait_seconds=0):
+        with (
+            pytest.raises(OutputError, match="another process has held") as caught,
+            exclusive_lock(lock, wait_seconds=0),
+        ):
+            pytest.fail("two hold it")
+        assert "\n" not in str(caught.value)
