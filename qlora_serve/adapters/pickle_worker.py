@@ -16,21 +16,32 @@ def main() -> None:
     """Arguments: the pickle, the output, bytes of memory beside torch's own, CPU seconds."""
     source, target = sys.argv[1:3]
     memory, seconds = int(sys.argv[3]), int(sys.argv[4])
+    import torch  # noqa: F401
+    from safetensors.torch import save_file  # noqa: F401
+
+    _limit(memory, seconds)
+    print(json.dumps(convert(source, target)), flush=True)
+
+
+def convert(source: str, target: str) -> dict[str, Any]:
+    """Writes the tensors of a pickle as safetensors; the answer that `main` prints."""
     import torch
     from safetensors.torch import save_file
 
-    _limit(memory, seconds)
     try:
         tensors = _check(torch.load(source, map_location="cpu", weights_only=True))
         save_file(tensors, target, {"format": "pt"})
     except MemoryError:
-        _say(error="it needs more memory than its size allows")
+        return {"error": "it needs more memory than its size allows"}
     except Exception as error:
         text = " ".join(str(error).split())
+        if "allocate memory" in text:  # what torch says instead of MemoryError
+            return {"error": "it needs more memory than its size allows"}
         # torch's own advice here is to read the file without the protection: not to be passed on.
-        _say(error=text.split(" (1) ")[0].split(" Please file an issue")[0][:300])
-    else:
-        _say(tensors=len(tensors))
+        for advice in (" (1) ", " This file can still be loaded", " Please file an issue"):
+            text = text.split(advice)[0]
+        return {"error": text[:300]}
+    return {"tensors": len(tensors)}
 
 
 def _limit(memory: int, seconds: int) -> None:
@@ -59,10 +70,6 @@ def _check(loaded: Any) -> dict[str, Any]:
         # A clone, as pickles may share storage between tensors, and safetensors may not.
         tensors[name] = tensor.detach().clone().contiguous()
     return tensors
-
-
-def _say(**answer: Any) -> None:
-    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
