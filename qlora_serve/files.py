@@ -13,7 +13,8 @@ from pathlib import Path
 
 from qlora_serve.errors import OutputError, QloraServeError
 
-_STAGING = ".staging"
+# Ends the name of a directory that is still being filled; its holder keeps a lock on it.
+STAGING_SUFFIX = ".partial"
 _LOCK_POLL_SECONDS = 0.02
 
 
@@ -64,7 +65,7 @@ def held_staging(parent: Path, name: str) -> Iterator[Path]:
     ends with its holder however that dies, and needs no process numbers, which are reused.
     """
     while True:
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_STAGING, dir=parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=STAGING_SUFFIX, dir=parent))
         try:
             descriptor: int | None = _lock_directory(staging)
         except (BlockingIOError, FileNotFoundError):
@@ -83,7 +84,7 @@ def held_staging(parent: Path, name: str) -> Iterator[Path]:
 
 def dead_staging(parent: Path, name: str) -> Iterator[Path]:
     """The directories of `held_staging` whose process is dead; each is removed after its turn."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(_STAGING)}")
+    pattern = re.compile(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(STAGING_SUFFIX)}")
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         if not pattern.fullmatch(path.name):
             continue

@@ -26,9 +26,12 @@ def describe(adapter: AdapterFiles, entry: FolderEntry | None = None) -> dict[st
         AdapterError: its weights cannot be read.
     """
     known = entry.identity if entry is not None else None
+    path = adapter.path
+    if entry is not None and entry.is_managed:
+        path = path.parent.parent / entry.name  # the name, which outlives what it points to now
     return {
-        "name": entry.name if entry is not None else adapter.path.name,
-        "path": str(adapter.path),
+        "name": path.name if entry is None else entry.name,
+        "path": str(path),
         "managed": entry is not None and entry.is_managed,
         "kind": kind_of(adapter.config),
         "rank": ranks_of(adapter.config),

@@ -58,16 +58,18 @@ class AdapterFiles:
     def load_tensors(self) -> dict[str, Any]:
         """Reads every tensor to the CPU, as stored.
 
+        Into memory of its own: tensors that lie in the mapped file would change with it.
+
         Raises:
             AdapterError: a file went away or is corrupt.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         tensors: dict[str, Any] = {}
         for file in self.weight_files:
             try:
-                tensors.update(load_file(file))
+                tensors.update(load(file.read_bytes()))
             except FileNotFoundError:
                 raise AdapterError(_gone(self.path) or f"{file} was removed meanwhile") from None
             except (OSError, SafetensorError) as error:

@@ -107,7 +107,7 @@ def scan_adapters(folder: Path) -> FolderScan:
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:
-    """The adapters in a folder, by name; what to load of each.
+    """The adapters in a folder, by name: `folder/NAME`, which is the current content at all times.
 
     Raises:
         ConfigError: the folder is missing, a directory's name cannot name an adapter, or a link
@@ -116,7 +116,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     scan = scan_adapters(folder)
     for reason in scan.refused.values():
         raise ConfigError(reason)
-    return {name: entry.path for name, entry in scan.entries.items()}
+    return {name: folder / name for name in scan.entries}
 
 
 def _look_at(folder: Path, item: os.DirEntry[str]) -> FolderEntry | None:

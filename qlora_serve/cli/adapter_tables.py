@@ -8,7 +8,7 @@ _PATIENCE = 3  # how many names of one kind are listed before "..."
 
 
 def print_list(rows: list[dict[str, Any]]) -> None:
-    """Prints one line for each adapter, and beneath what is wrong with broken ones."""
+    """Prints a line for each adapter, and beneath what is wrong with broken ones."""
     from rich.text import Text
 
     table = _table("name", "kind", "rank", "targets", "size", "base", "identity", "kept")
@@ -20,9 +20,9 @@ def print_list(rows: list[dict[str, Any]]) -> None:
             Text(row["name"]),
             row["kind"],
             row["rank"],
-            Text(", ".join(row["target_modules"])),
+            Text(_targets(row["target_modules"])),
             _size(row["size_bytes"]),
-            Text(row["base"] or "not recorded"),
+            Text(_short(row["base"] or "not recorded")),
             row["identity"].removeprefix("sha256:")[:12],
             "store" if row["managed"] else "unmanaged",
         )
@@ -98,6 +98,16 @@ def _print_fields(fields: dict[str, Any], indent: str = "") -> None:
     for name, value in fields.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         typer.echo(f"{indent}{name.replace('_', ' '):<{width}}  {text}")
+
+
+def _targets(modules: list[str]) -> str:
+    """A line must stay a line; `show` has all of them."""
+    return ", ".join(modules) if len(modules) <= _PATIENCE else f"{len(modules)} modules"
+
+
+def _short(base: str) -> str:
+    """The last part of a directory, or a hub's id."""
+    return base.rstrip("/").rpartition("/")[2] if base.startswith(("/", ".")) else base
 
 
 def _size(count: int) -> str:

@@ -1,8 +1,9 @@
 """`qlora-serve adapters`."""
 
 import json
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +130,8 @@ def check(
     from qlora_serve.errors import QloraServeError
 
     try:
-        with _located(adapter, adapters_dir) as (path, _):
+        # Some of the libraries that PEFT looks at print greetings, and stdout is for the result.
+        with redirect_stdout(sys.stderr), _located(adapter, adapters_dir) as (path, _):
             result = check_adapter(path, base)
             if compare is not None:
                 with _located(compare, adapters_dir) as (other, _):
@@ -190,7 +192,7 @@ def add(
             }
         )
         return
-    done = "is already" if added.unchanged else "replaced in" if added.replaced else "added to"
+    done = "is already in" if added.unchanged else "replaced in" if added.replaced else "added to"
     typer.echo(f"{name} {done} {adapters_dir} ({str(added.entry.identity)[:19]})")
     if added.left_out:
         typer.echo(f"left out, no part of an adapter: {', '.join(added.left_out)}")
@@ -304,19 +306,24 @@ def _located(adapter: str, folder: Path) -> Iterator[tuple[Path, Any]]:
 
     A directory wins, unless the store was named with --adapters-dir.
     """
+    from qlora_serve.adapters.folder import scan_adapters
     from qlora_serve.adapters.store import AdapterStore
     from qlora_serve.errors import AdapterError
 
     path = Path(adapter).expanduser()
-    is_chosen = folder != _FOLDER and (folder / adapter).is_dir()
+    is_name = "/" not in adapter
+    is_chosen = is_name and folder != _FOLDER and (folder / adapter).is_dir()
     if path.is_dir() and not is_chosen:
         folder, adapter = path.parent, path.name
-        if not path.is_symlink():
+        found = scan_adapters(folder).entries.get(adapter) if path.is_symlink() else None
+        if found is None or not found.is_managed:
             yield path, None
             return
-    elif "/" in adapter or not folder.is_dir():
+        entry = found
+    elif is_name and folder.is_dir():
+        entry = AdapterStore(folder).get(adapter)
+    else:
         raise AdapterError(f"no adapter at {adapter}: no such directory, nor a store at {folder}")
-    entry = AdapterStore(folder).get(adapter)
     try:
         yield entry.path, entry
     except AdapterError as error:

@@ -174,5 +174,5 @@ def test_archives_that_hold_no_one_adapter(tmp_path):
     ):
         with pytest.raises(AdapterError, match=words) as caught:
             store.add("mine", find_source(str(archive)), str(archive))
-        assert ".staging" not in str(caught.value)
+        assert ".partial" not in str(caught.value)
     assert store.list() == {}

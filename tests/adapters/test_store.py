@@ -41,7 +41,7 @@ def objects(store):
 
 
 def leftovers(store):
-    return [p.name for p in (store.folder / OBJECTS).iterdir() if p.name.endswith(".staging")]
+    return [p.name for p in (store.folder / OBJECTS).iterdir() if p.name.endswith(".partial")]
 
 
 def test_name_is_a_link_that_any_tool_can_follow(store, source):
@@ -53,7 +53,8 @@ def test_name_is_a_link_that_any_tool_can_follow(store, source):
     target = os.readlink(store.folder / "mine")
     assert target.startswith(f".objects/{identity[7:]}-")
     assert store.get("mine").identity == identity
-    assert find_adapters(store.folder) == {"mine": store.folder / target}
+    assert find_adapters(store.folder) == {"mine": store.folder / "mine"}
+    assert store.get("mine").path == store.folder / target
     assert (store.folder / target).stat().st_mode & 0o777 == 0o755
     assert leftovers(store) == []
 
@@ -193,7 +194,7 @@ def test_failed_add_leaves_nothing(store, source, other):
     with pytest.raises(AdapterError, match="NaN") as caught:
         add(store, "mine", other, replace=True)
     assert str(other) in str(caught.value)
-    assert ".staging" not in str(caught.value)
+    assert ".partial" not in str(caught.value)
     write_bare_adapter(other, peft_type="IA3")
     with pytest.raises(AdapterError, match="peft_type is 'IA3'"):
         add(store, "new", other)
@@ -216,7 +217,7 @@ def test_work_of_the_living_is_left_alone(store, source):
         (work / "adapter").mkdir()
         store.remove("mine")
         assert (work / "adapter").is_dir()
-    dead = store.folder / OBJECTS / ".work.00000000.staging"
+    dead = store.folder / OBJECTS / ".work.00000000.partial"
     (dead / "adapter").mkdir(parents=True)
     add(store, "mine", source)
     assert leftovers(store) == []

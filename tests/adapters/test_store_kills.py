@@ -144,7 +144,7 @@ def seen(store, wholes):
 
 
 def no_leftovers(store):
-    return not [n for n in os.listdir(store.folder / OBJECTS) if n.endswith(".staging")]
+    return not [n for n in os.listdir(store.folder / OBJECTS) if n.endswith(".partial")]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -120,7 +120,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.")
     # Another output's leftovers, and hidden directories that only look alike, are not its own.
-    kept = [tmp_path / ".other.00000000.staging", tmp_path / ".out.settings", tmp_path / ".out.x"]
+    kept = [tmp_path / ".other.00000000.partial", tmp_path / ".out.settings", tmp_path / ".out.x"]
     for folder in kept:
         folder.mkdir()
     with published_directory(target) as folder:

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_serve.adapters.files import read_adapter
+from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.manifest import Manifest, ManifestBase, write_manifest
 from qlora_serve.base.identity import fingerprint
 from qlora_serve.base.source import locate_base
@@ -149,3 +150,127 @@ def test_check_without_its_base_says_what_to_pass(folder, base, capsys, monkeypa
     assert "pass --base" in error
     warnings = json.loads(run("check", folder / "plain", "--base", base, "--json"))["warnings"]
     assert warnings == []
+
+
+# ---- the store
+
+
+def test_store_through_its_commands(folder, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = folder.rename(tmp_path / "runs")
+    record(runs / "plain", base)
+    store = tmp_path / "store"
+    at = ("--adapters-dir", store)
+    added = json.loads(run("add", "one", runs / "plain", *at, "--json"))
+    identity = content_identity(read_adapter(runs / "plain"))
+    assert added == {
+        "name": "one",
+        "path": str(store / "one"),
+        "identity": identity,
+        "replaced": False,
+        "unchanged": False,
+        "left_out": [],
+    }
+    code, _, error = run_main(capsys, monkeypatch, "add", "one", runs / "dora", *at)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "pass --replace" in error
+    assert "is already in" in run("add", "one", runs / "plain", *at)
+    assert "replaced in" in run("add", "one", runs / "dora", *at, "--replace")
+    run("add", "two", runs / "plain", *at)
+    assert json.loads(run("rename", "two", "three", *at, "--json"))["identity"] == identity
+    write_random_adapter(store / "hand", base)
+    rows = {row["name"]: row for row in json.loads(run("list", *at, "--json"))}
+    assert {name: row["managed"] for name, row in rows.items()} == {
+        "hand": False,
+        "one": True,
+        "three": True,
+    }
+    assert rows["three"]["identity"] == identity
+    assert rows["three"]["path"] == str(store / "three")
+    text = run("list", store)
+    assert all(word in text for word in ("unmanaged", "store", "7 modules", identity[7:19]))
+
+    shown = json.loads(run("show", "three", *at, "--json"))
+    assert (shown["name"], shown["identity"]) == ("three", identity)
+    assert shown["training"]["recipe"] == {"rank": 4}
+    assert json.loads(run("show", store / "three", "--json"))["identity"] == identity
+
+    result = json.loads(run("check", "three", *at, "--compare", "one", "--json"))
+    assert result["ok"]
+    assert not result["comparison"]["identical"]
+    assert result["comparison"]["layers"].keys() == {"0", "1", "2"}
+    text = run("check", "three", *at, "--compare", runs / "plain")
+    assert "are the same adapter" in text
+
+    code, _, error = run_main(capsys, monkeypatch, "remove", "hand", *at)
+    assert code == 1
+    assert "only with --force" in error
+    run("remove", "hand", *at, "--force")
+    assert json.loads(run("remove", "three", *at, "--json")) == {"removed": "three"}
+    code, _, error = run_main(capsys, monkeypatch, "show", "three", *at)
+    assert code == 1
+    assert "known here: one" in error
+    # The plain adapter that "one" was before its replacement is the very same as "three" was.
+    assert json.loads(run("clean", *at, "--now", "--json")) == {"removed_objects": 1}
+    assert "deleted the content of 0" in run("clean", *at)
+
+
+def test_errors_of_a_stores_adapter_say_its_name(folder, base, tmp_path, capsys, monkeypatch):
+    store = tmp_path / "store"
+    run("add", "mine", folder / "plain", "--adapters-dir", store)
+    other = write_tiny_model(tmp_path / "phi", "phi")
+    for call in (("mine", "--adapters-dir", store), (store / "mine",)):
+        code, _, error = run_main(capsys, monkeypatch, "check", *call, "--base", other)
+        assert code == 1
+        assert f"adapter {store / 'mine'}, trained on" in error
+        assert ".objects" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("add", "base", "{plain}"), 1, "means the base model"),
+        (("add", "../x", "{plain}"), 1, "cannot name an adapter"),
+        (("add", "x", "{tmp}/none"), 1, "no adapter at"),
+        (("add", "x", "{tmp}"), 1, "has no adapter_config.json"),
+        (("add", "x", "{plain}", "--max-unpacked-size", "much"), 2, "--max-unpacked-size"),
+        (("add", "x"), 2, "Missing argument"),
+        (("list", "a", "--adapters-dir", "b"), 2, "not both"),
+        (("remove", "x"), 1, "known here: none"),
+        (("show", "x"), 1, "no such directory, nor a store at adapters"),
+        (("clean",), 1, "no folder of adapters at adapters"),
+        (("convert", "{plain}", "{tmp}/new"), 1, "nothing is to be converted"),
+    ],
+)
+def test_exit_codes(folder, tmp_path, capsys, monkeypatch, arguments, code, words):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    filled = [a.format(plain=folder / "plain", tmp=tmp_path) for a in arguments]
+    found, out, error = run_main(capsys, monkeypatch, *filled)
+    assert (found, out) == (code, "")
+    assert words in error
+
+
+def test_a_directory_wins_over_a_name_unless_the_store_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("add", "dora", folder / "plain", "--adapters-dir", "store")
+    (folder / "dora").rename(tmp_path / "dora")
+    assert json.loads(run("show", "dora", "--json"))["kind"] == "DoRA"
+    shown = json.loads(run("show", "dora", "--adapters-dir", "store", "--json"))
+    assert shown["kind"] == "LoRA"
+    (tmp_path / "link").symlink_to("dora")
+    assert json.loads(run("show", "link", "--json"))["kind"] == "DoRA"
+
+
+def test_conversion_names_what_it_made(folder, tmp_path):
+    import torch
+
+    plain = folder / "plain"
+    before = read_adapter(plain)
+    torch.save(before.load_tensors(), plain / "adapter_model.bin")
+    identity = content_identity(before)
+    (plain / "adapter_model.safetensors").unlink()
+    made = json.loads(run("convert", plain, tmp_path / "new", "--json"))
+    assert made["identity"] == identity
+    assert made["left_out"] == []
