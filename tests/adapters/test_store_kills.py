@@ -19,9 +19,7 @@ from qlora_serve.adapters.sources import find_source
 from qlora_serve.adapters.store import AdapterStore
 from tests.bare_adapters import content, write_bare_adapter
 
-_TRACED = {module.__file__ for module in (files, sources, store)} | {
-    module.__file__ for module in (sys.modules["shutil"], sys.modules["tempfile"])
-}
+_TRACED = {module.__file__ for module in (files, sources, store, sys.modules["shutil"])}
 
 
 @pytest.fixture
@@ -147,29 +145,52 @@ def no_leftovers(store):
     return not [n for n in os.listdir(store.folder / OBJECTS) if n.endswith(".partial")]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_at_random_lines(tmp_path, adapters, operation):
+def kill_at(store, adapters, operation, moment):
+    """Kills an operation at a line, and checks all that must hold; whether it was reached."""
     before, act, allowed = OPERATIONS[operation]
     wholes = [content(folder) for folder in adapters]
-    store = AdapterStore(tmp_path / "store", grace_seconds=0)
+    prepare(store, adapters, before)
+    status = run_child(lambda: act(store, *adapters), moment)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    assert seen(store, wholes) in allowed
+    # The store still works, what is added now is whole, and nothing of the killed one is left.
+    for place, adapter in enumerate(adapters):
+        add(store, "probe", adapter, replace=True)
+        assert content(store.folder / "probe") == wholes[place]
+    store.remove("probe")
+    assert no_leftovers(store)
+    return os.WIFSIGNALED(status)
+
+
+def lines_of(store, adapters, operation):
+    before, act, _ = OPERATIONS[operation]
     prepare(store, adapters, before)
     total = count_lines(lambda: act(store, *adapters))
     assert total > 50
+    return total
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_at_random_lines(tmp_path, adapters, operation):
+    store = AdapterStore(tmp_path / "store", grace_seconds=0)
+    total = lines_of(store, adapters, operation)
     moments = random.Random(operation)
-    killed = 0
-    for _ in range(5):
-        prepare(store, adapters, before)
-        status = run_child(lambda: act(store, *adapters), moments.randint(1, total))
-        killed += os.WIFSIGNALED(status)
-        assert seen(store, wholes) in allowed
-        # The store still works, and the next use removes what was left.
-        add(store, "probe", adapters[0], replace=True)
-        store.remove("probe")
-        assert no_leftovers(store)
-    assert killed > 0
+    kills = [kill_at(store, adapters, operation, moments.randint(1, total)) for _ in range(6)]
+    assert any(kills)
     store.clean(0)
     kept = {entry.path.name for entry in store.list().values() if entry.is_managed}
     assert {p.name for p in (store.folder / OBJECTS).iterdir() if p.is_dir()} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_at_lines_all_along(tmp_path, adapters, operation):
+    """Every fifth, beginning anywhere; every single one has been tried, in ten minutes."""
+    store = AdapterStore(tmp_path / "store", grace_seconds=0)
+    total = lines_of(store, adapters, operation)
+    moments = range(random.randint(1, 5), total + 1, 5)
+    kills = [kill_at(store, adapters, operation, moment) for moment in moments]
+    assert sum(kills) > 0.8 * len(moments)
 
 
 def work_for_ever(folder, adapters, seed):
@@ -202,7 +223,9 @@ def test_killed_200_times_at_random_times(tmp_path, adapters):
         state = seen(store, wholes)
         assert state.pop("still") == 0
         states.add(tuple(sorted(state.items())))
-        add(store, "probe", adapters[seed % 2], replace=True)
+        for place, adapter in enumerate(adapters):
+            add(store, "probe", adapter, replace=True)
+            assert content(store.folder / "probe") == wholes[place]
         store.remove("probe")
         assert no_leftovers(store)
     assert len(states) == 9, "the killed processes got nowhere"  # absent, 0 or 1 for two names
