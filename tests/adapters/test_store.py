@@ -5,7 +5,10 @@ import multiprocessing
 import os
 
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.folder import OBJECTS, find_adapters, scan_adapters
@@ -14,6 +17,8 @@ from qlora_serve.adapters.sources import find_source
 from qlora_serve.adapters.store import AdapterStore
 from qlora_serve.errors import AdapterError, ConfigError, OutputError, UnknownAdapterError
 from qlora_serve.files import held_staging
+from qlora_serve.serve.config import ServeSettings
+from qlora_serve.serve.run import build_service
 from tests.bare_adapters import bare_tensors, content, write_bare_adapter
 
 
@@ -57,6 +62,22 @@ def test_name_is_a_link_that_any_tool_can_follow(store, source):
     assert store.get("mine").path == store.folder / target
     assert (store.folder / target).stat().st_mode & 0o777 == 0o755
     assert leftovers(store) == []
+
+
+def test_peft_and_a_server_read_a_name_as_it_is(base, adapter, store):
+    add(store, "mine", adapter)
+    direct, named = (
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder
+        )
+        for folder in (adapter, store.folder / "mine")
+    )
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert named(ids).logits.equal(direct(ids).logits)
+    service = build_service(ServeSettings(base=str(base), adapters_dir=store.folder))
+    assert service.adapters.names() == ["mine"]
+    assert service.adapters.resolve("mine").identity == store.get("mine").identity
 
 
 def test_same_content_is_kept_once(store, source, other):
