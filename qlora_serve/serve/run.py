@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.fit import FitChecker
-from qlora_serve.adapters.folder import check_name, find_usable
+from qlora_serve.adapters.folder import check_name, scan_adapters
 from qlora_serve.base.load import LoadedBase, load_base
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError, ConfigError
@@ -134,9 +134,10 @@ def _load_adapters(
 def _adapter_paths(settings: ServeSettings) -> dict[str, Any]:
     paths = {check_name(name): path for name, path in settings.adapter.items()}
     if settings.adapters_dir is not None:
-        found, problems = find_usable(settings.adapters_dir)
-        if problems and settings.strict:
-            raise ConfigError(f"{problems[0]} (--strict)")
+        scan = scan_adapters(settings.adapters_dir)
+        for problem in scan.refused.values() if settings.strict else ():
+            raise ConfigError(f"{problem} (--strict)")
+        found = {name: entry.path for name, entry in scan.entries.items()}
         twice = sorted(found.keys() & paths.keys())
         if twice:
             raise ConfigError(

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from qlora_serve.adapters.folder import find_usable
+from qlora_serve.adapters.folder import scan_adapters
 from qlora_serve.errors import ConfigError, UnknownAdapterError
 from qlora_serve.serve.engine.content import Signature, signature
 from qlora_serve.serve.engine.registry import AdapterRegistry, Registered
@@ -28,7 +28,7 @@ class AdapterFolder:
         self.path = path
         self._registry = registry
         self._reserved = frozenset(reserved)
-        self._seen: dict[str, Signature | None] = {}
+        self._seen: dict[str, tuple[Path, Signature | None]] = {}
         self._said: set[str] = set()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -49,12 +49,14 @@ class AdapterFolder:
         Raises:
             ConfigError: the folder is missing.
         """
-        found, problems = find_usable(self.path)
-        for problem in problems:
+        scan = scan_adapters(self.path)
+        found = {name: entry.path for name, entry in scan.entries.items()}
+        for problem in scan.refused.values():
             self._say(f"in {self.path}: {problem}")
         for name in sorted(found.keys() & self._reserved):
             self._say(f"{found[name]} is not served: its name {name!r} is taken")
-        signatures = {n: signature(p) for n, p in found.items() if n not in self._reserved}
+        # Of a managed adapter the path is its content's, so that a replacement is another path.
+        signatures = {n: (p, signature(p)) for n, p in found.items() if n not in self._reserved}
         gone = [name for name in self._seen if name not in signatures]
         for name in gone:
             self._remove(name)
@@ -91,9 +93,9 @@ class AdapterFolder:
                 log.exception("looking at %s failed", self.path)
 
     def _remove(self, name: str) -> None:
-        del self._seen[name]
+        path, _ = self._seen.pop(name)
         try:
-            if self._registry.entry(name).path == self.path / name:
+            if self._registry.entry(name).path == path:
                 self._registry.unload(name)
         except UnknownAdapterError:
             return  # unloaded by hand
