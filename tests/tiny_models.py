@@ -53,7 +53,7 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**_COMMON, tie_word_embeddings=True),
     "llama-untied": lambda: LlamaConfig(**_COMMON, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_COMMON, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=32, tie_word_embeddings=False),
     "mistral": lambda: MistralConfig(**_COMMON, sliding_window=24),
     "gemma": lambda: GemmaConfig(**_COMMON, head_dim=16),
     "gemma2": lambda: Gemma2Config(

@@ -9,6 +9,7 @@ from torch import Tensor
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
+from qlora_serve.serve.engine.fused import engine_computes, use_fused
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import use_fast_linears
 from qlora_serve.serve.engine.lora import (
@@ -40,6 +41,7 @@ class Runner:
             self._context.kernels = load_kernels()
         if self._context.kernels is not None:
             use_fast_linears(base.model, self._context.kernels)
+            use_fused(base.model, self._context.kernels)
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
         self._dtype = getattr(torch, base.dtype)
@@ -121,12 +123,13 @@ class Runner:
         if context.kernels is not None:
             context.adapter_updates = native_updates(context.adapter_rows)
             context.output_updates = native_updates(context.output_rows)
-        output = self.base.model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
-        )
+        with engine_computes():
+            output = self.base.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+            )
         return output.logits[0]
 
     def release(self, sequence: Sequence) -> None:

@@ -15,7 +15,9 @@ from qlora_serve.base.source import cache_folder
 
 log = logging.getLogger(__name__)
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp")]
+_SOURCES = [
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp")
+]
 _HEADERS = [Path(__file__).with_name("vectors.h")]
 # Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
 # number, and on some systems changes how the whole process treats tiny numbers.
@@ -58,6 +60,17 @@ class Kernels:
         self.linear_nf4.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
             _POINTER, _INT, _POINTER,
+        ]  # fmt: skip
+        self.rms_norm = library.rms_norm_f32
+        self.rms_norm.restype = None
+        self.rms_norm.argtypes = [_POINTER, _INT, _INT, _POINTER, _FLOAT, _FLOAT, _POINTER]
+        self.silu_product = library.silu_product_f32
+        self.silu_product.restype = None
+        self.silu_product.argtypes = [_POINTER, _POINTER, _INT, _POINTER]
+        self.rotate = library.rotate_f32
+        self.rotate.restype = None
+        self.rotate.argtypes = [
+            _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
         ]  # fmt: skip
         self.attention = library.attention_f32
         self.attention.restype = None

@@ -1,0 +1,67 @@
+// What stands between a model's matrix products, for float32 on a CPU: each in one pass over its rows,
+// where torch takes up to eight.
+
+#include "vectors.h"
+
+namespace {
+
+// Below this many floats the threads would take longer to start than to work.
+constexpr int64_t kWorthThreads = 1 << 15;
+
+// x / (1 + e^-x), without ever raising e to a positive power.
+inline Vector silu(Vector x) {
+  const Vector e = exponential(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : Vector{} + 1.0f) / (1.0f + e);
+}
+
+}  // namespace
+
+extern "C" {
+
+// RMSNorm (arXiv:1910.07467): out = x / sqrt(mean(x²) + eps) * (offset + weight), row by row.
+//   x, out [rows, n]; weight [n]
+void rms_norm_f32(const float* x, int64_t rows, int64_t n, const float* weight, float eps,
+                  float offset, float* out) {
+#pragma omp parallel for schedule(static) if (rows * n > kWorthThreads)
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = x + r * n;
+    float* to = out + r * n;
+    Vector squares = {};
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) squares += load(from + i) * load(from + i);
+    float total = sum(squares);
+    for (; i < n; ++i) total += from[i] * from[i];
+    const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+    for (i = 0; i + kWidth <= n; i += kWidth)
+      store(to + i, load(from + i) * scale * (load(weight + i) + offset));
+    for (; i < n; ++i) to[i] = from[i] * scale * (weight[i] + offset);
+  }
+}
+
+// SwiGLU (arXiv:2002.05202): out = silu(gate) * up; all [count], a multiple of 16.
+void silu_product_f32(const float* gate, const float* up, int64_t count, float* out) {
+#pragma omp parallel for schedule(static) if (count > kWorthThreads)
+  for (int64_t i = 0; i < count; i += kWidth) store(out + i, silu(load(gate + i)) * load(up + i));
+}
+
+// Rotary embedding (arXiv:2104.09864) with the halves of a head as real and imaginary parts.
+//   x [heads, dim] of a row, `head` and `row` apart; cosines, sines [rows, dim]
+//   out [rows, heads, dim]; dim is a multiple of 32
+void rotate_f32(const float* x, int64_t head, int64_t row, int64_t heads, int64_t rows, int64_t dim,
+                const float* cosines, const float* sines, float* out) {
+  const int64_t half = dim / 2;
+#pragma omp parallel for schedule(static) if (rows * heads * dim > kWorthThreads)
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < heads; ++h) {
+      const float* from = x + h * head + r * row;
+      const float *cosine = cosines + r * dim, *sine = sines + r * dim;
+      float* to = out + (r * heads + h) * dim;
+      for (int64_t d = 0; d < half; d += kWidth) {
+        const Vector real = load(from + d), imaginary = load(from + half + d);
+        store(to + d, real * load(cosine + d) - imaginary * load(sine + d));
+        store(to + half + d, imaginary * load(cosine + half + d) + real * load(sine + half + d));
+      }
+    }
+}
+
+}  // extern "C"
