@@ -35,9 +35,18 @@ def load_tokenizer(source: BaseSource) -> Any:
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False
+    tokenizer: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text of a chat under the tokenizer's template.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the chat.
+        add_generation_prompt: end with what opens an assistant's turn.
+        tools: definitions of functions that the template may offer to the model.
 
     Raises:
         BaseModelError: the template refuses these messages (unknown role, wrong order ...).
@@ -47,10 +56,14 @@ def render_chat(
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
+        # A template that adds text to a missing value raises a TypeError.
         raise BaseModelError(f"the chat template refuses these messages: {error}") from None
 
 

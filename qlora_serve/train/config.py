@@ -6,19 +6,17 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from qlora_serve.settings import Settings
+from qlora_serve.train.data_settings import DataSettings
 
 ALL_LINEAR = "all-linear"
 _NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
-class TrainSettings(Settings):
+class TrainSettings(DataSettings):
     """What `qlora-serve train` is told."""
 
     base: str
     """The base model: a directory, a prepared name or a hub id."""
-    data: Path
-    """The training chats: a .jsonl file of one row a line, or a .json array of rows."""
     output: Path
     """The adapter directory to make; nothing may be there yet."""
 
@@ -53,9 +51,6 @@ class TrainSettings(Settings):
     """Rows that go through the model at a time."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches in one optimizer step."""
-    max_length: int | None = Field(None, ge=2)
-    """Longer rows are cut to this many tokens; 1024 by default, or the base's context length where
-    that is shorter."""
     learning_rate: float = Field(2e-4, gt=0)
     """The highest learning rate of the schedule."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

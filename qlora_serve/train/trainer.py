@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from qlora_serve.errors import OutputError, TrainError
 from qlora_serve.files import published_directory
 from qlora_serve.progress import progress
 from qlora_serve.train.config import TrainSettings
-from qlora_serve.train.dataset import LengthGroupedSampler, RowDataset, collate
+from qlora_serve.train.batches import LengthGroupedSampler
+from qlora_serve.train.dataset import TrainingDataset
+from qlora_serve.train.fast_lora import fast_lora
 from qlora_serve.train.interrupt import StopRequest, stop_on_signals
-from qlora_serve.train.loss import trained_positions_loss
+from qlora_serve.train.layout import Layout
 from qlora_serve.train.schedule import rate_factor, warmup_steps
 
 
@@ -41,7 +43,7 @@ class TrainOutcome:
     seconds: float
 
 
-def train_model(model: Any, dataset: RowDataset, settings: TrainSettings) -> TrainOutcome:
+def train_model(model: Any, dataset: TrainingDataset, settings: TrainSettings) -> TrainOutcome:
     """Trains a PEFT model in place.
 
     Raises:
@@ -54,7 +56,8 @@ def train_model(model: Any, dataset: RowDataset, settings: TrainSettings) -> Tra
             trainer = LoraTrainer(model, training_arguments(settings, model), dataset, settings)
             watcher = _Watcher(bar.update, stop)
             trainer.add_callback(watcher)
-            result = trainer.train()
+            with fast_lora(model) if model.device.type == "cpu" else nullcontext():
+                result = trainer.train()
             if stop.asked:
                 raise TrainingStopped(trainer.checkpoint_now(), trainer.state.global_step)
     finally:
@@ -62,7 +65,7 @@ def train_model(model: Any, dataset: RowDataset, settings: TrainSettings) -> Tra
     return TrainOutcome(watcher.losses, float(result.metrics["train_runtime"]))
 
 
-def _steps(dataset: RowDataset, settings: TrainSettings) -> int:
+def _steps(dataset: TrainingDataset, settings: TrainSettings) -> int:
     """Optimizer steps of the whole run, as Trainer counts them."""
     if settings.max_steps:
         return settings.max_steps
@@ -114,13 +117,18 @@ class LoraTrainer(Trainer):
     lr_scheduler: Any
 
     def __init__(
-        self, model: Any, arguments: Any, dataset: RowDataset, settings: TrainSettings
+        self, model: Any, arguments: Any, dataset: TrainingDataset, settings: TrainSettings
     ) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+        self.layout = Layout(model, settings.packing)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=self.layout.collate,
+        )
         self.settings = settings
         # Makes Trainer count the labels of all micro-batches of a step, whatever the model takes.
         self.model_accepts_loss_kwargs = True
-        self._output_head = model.get_base_model().get_output_embeddings()
         self.remove_callback(PrinterCallback)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -135,6 +143,19 @@ class LoraTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def training_step(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradients of a micro-batch, added up over its pieces."""
+        total: Any = 0.0
+        for piece in self.layout.pieces(inputs):
+            with self.layout.over(piece):
+                total = total + super().training_step(model, piece, num_items_in_batch)
+        return total
+
     def compute_loss(
         self,
         model: Any,
@@ -145,11 +166,11 @@ class LoraTrainer(Trainer):
         """The loss per trained token of the whole step, of which this micro-batch is a part."""
         assert not return_outputs
         assert num_items_in_batch is not None
-        labels = inputs["labels"]
-        others = {name: value for name, value in inputs.items() if name != "labels"}
-        loss = trained_positions_loss(model, self._output_head, others, labels)
-        # Gradients are averaged over processes, while the count is of all of them.
-        loss = loss * self.accelerator.num_processes / num_items_in_batch
+        loss = self.layout.loss(model, inputs)
+        # Gradients are averaged over processes, while the count is of all of them. Rows that are
+        # tokenized one by one may all turn out to be cut before their answers.
+        tokens = num_items_in_batch.clamp(min=1)
+        loss = loss * self.accelerator.num_processes / tokens
         if not bool(torch.isfinite(loss)):
             step = self.state.global_step + 1
             raise TrainError(
@@ -159,9 +180,11 @@ class LoraTrainer(Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        rows = (train_dataset or self.train_dataset).rows
-        lengths = [len(row.input_ids) for row in rows]
-        return LengthGroupedSampler(lengths, self.settings.micro_batch, self.settings.seed)
+        lengths = (train_dataset or self.train_dataset).lengths
+        settings = self.settings
+        return LengthGroupedSampler(
+            lengths, settings.micro_batch, settings.seed, settings.group_by_length
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a plain PEFT adapter directory."""
