@@ -31,7 +31,8 @@ class DataSettings(Settings):
     """Longer rows are cut to this many tokens; 1024 by default, or the base's context length where
     that is shorter."""
     packing: bool = False
-    """Fill each row of a micro-batch up to max_length with whole rows that cannot see each other."""
+    """Fill each line of a micro-batch up to max_length with whole rows, which cannot see each
+    other."""
     group_by_length: bool = True
     """Put rows of like length into one micro-batch."""
     tokenization: Literal["eager", "lazy"] = "eager"

@@ -210,9 +210,7 @@ class LazyDataset(Dataset[Any], Sized):
         except DataError as error:
             raise DataError(f"{chat.where}: {error}") from None
         # Only their sizes are remembered.
-        self._seen[index] = [
-            TokenizedRow([], row.trained, row.truncated_tokens) for row in rows
-        ]
+        self._seen[index] = [TokenizedRow([], row.trained, row.truncated_tokens) for row in rows]
         return [as_item(row) for row in rows]
 
     def counts(self) -> DataCounts:

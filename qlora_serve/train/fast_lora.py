@@ -6,13 +6,15 @@ product itself, in one function with its own gradient, which also keeps nothing 
 need: the input and the small product with A.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Weight = Callable[[], Tensor]
 
 
 @contextmanager
@@ -34,17 +36,20 @@ def fast_lora(model: Any, adapter: str = "default") -> Iterator[int]:
             del module.forward
 
 
-def _dense_weight(module: Any, adapter: str) -> Any:
+def _dense_weight(module: Any, adapter: str) -> Weight | None:
     """How to get the weight [out, in] of a layer that `lora_linear` computes; None if it cannot."""
     from peft.tuners.lora import Linear, LoraLayer
 
-    if not isinstance(module, LoraLayer) or set(getattr(module, "lora_A", ())) != {adapter}:
+    is_lora: bool = isinstance(module, LoraLayer)
+    if not is_lora or set(module.lora_A) != {adapter}:
         return None
-    down, up = module.lora_A[adapter], module.lora_B[adapter]
-    is_plain = (
+    down: Any = module.lora_A[adapter]
+    up: Any = module.lora_B[adapter]
+    is_plain: bool = (
         adapter not in module.lora_variant
-        and type(module.lora_dropout[adapter]) is torch.nn.Identity
-        and type(down) is type(up) is torch.nn.Linear
+        and _is(module.lora_dropout[adapter], torch.nn.Identity)
+        and _is(down, torch.nn.Linear)
+        and _is(up, torch.nn.Linear)
         and down.bias is None
         and up.bias is None
         and not module.merged
@@ -54,13 +59,18 @@ def _dense_weight(module: Any, adapter: str) -> Any:
     base = module.get_base_layer()
     if not is_plain or (base.bias is not None and base.bias.requires_grad):
         return None
-    if type(module) is Linear and type(base) is torch.nn.Linear:
+    if _is(module, Linear) and _is(base, torch.nn.Linear):
         frozen = not base.weight.requires_grad and base.weight.dtype == torch.float32
         return (lambda: base.weight) if frozen else None
     return _quantized_weight(base)
 
 
-def _quantized_weight(base: Any) -> Any:
+def _is(value: object, kind: type) -> bool:
+    """Whether it is of a class itself: children of it may compute something else."""
+    return type(value) is kind
+
+
+def _quantized_weight(base: Any) -> Weight | None:
     weight = base.weight
     if type(weight).__name__ != "Params4bit" or base.compute_dtype != torch.float32:
         return None
@@ -72,7 +82,7 @@ def _quantized_weight(base: Any) -> Any:
     return dense
 
 
-def _forward_of(module: Any, weight: Any, adapter: str) -> Any:
+def _forward_of(module: Any, weight: Weight, adapter: str) -> Any:
     usual = module.forward
     base = module.get_base_layer()
     down, up, scaling = module.lora_A[adapter], module.lora_B[adapter], module.scaling
@@ -87,7 +97,7 @@ def _forward_of(module: Any, weight: Any, adapter: str) -> Any:
 
 
 def lora_linear(
-    x: Tensor, weight: Any, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
 ) -> Tensor:
     """x Wᵀ + bias + scaling (x Aᵀ) Bᵀ, where W and bias are frozen.
 
@@ -106,7 +116,7 @@ def lora_linear(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, down: Tensor, up: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Weight, bias: Any, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
         low = functional.linear(rows, down)  # [tokens, rank]

@@ -63,8 +63,10 @@ class Layout:
     @contextmanager
     def over(self, inputs: Batch) -> Iterator[None]:
         """Lets the model attend as the layout asks, forward and backward."""
-        attend = self._attention.over if self._attention is not None else nullcontext
-        with attend(inputs["position_ids"] if self._attention is not None else None):  # type: ignore[operator,arg-type]
+        if self._attention is None:
+            yield
+            return
+        with self._attention.over(inputs["position_ids"]):
             yield
 
     def pieces(self, inputs: Batch) -> list[Batch]:
@@ -103,21 +105,16 @@ class Layout:
 def even_pieces(spans: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
     """Cuts a line between rows into as few pieces as `limit` tokens allow, of like size.
 
-    A row that is longer than the limit is a piece of its own, or shares one with its neighbours'
-    remainders.
+    Rows are never cut, so that a piece may be longer than the limit.
     """
     total = spans[-1][1]
     count = -(-total // limit)
-    target = total / count
-    pieces: list[tuple[int, int]] = []
-    start = 0
-    for index, (_, last) in enumerate(spans):
-        following = spans[index + 1][1] if index + 1 < len(spans) else last
-        # Cut where the piece is nearer to its share now than with the next row in it.
-        if index + 1 == len(spans) or abs(last - start - target) <= abs(following - start - target):
-            pieces.append((start, last))
-            start = last
-    return pieces
+    pieces: dict[int, tuple[int, int]] = {}
+    for first, last in spans:
+        # A row goes where its middle lies.
+        piece = (first + last) * count // (2 * total)
+        pieces[piece] = (pieces.get(piece, (first, last))[0], last)
+    return list(pieces.values())
 
 
 def _processes() -> int:

@@ -62,16 +62,15 @@ def find_head_form(model: Any, output_head: Any) -> HeadForm | None:
     """
     if type(output_head) is not torch.nn.Linear or hasattr(output_head.weight, "ds_id"):
         return None
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = model.config.get_text_config()
     forms = [HeadForm()]
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
         forms.append(HeadForm(cap=float(cap)))
     if getattr(config, "logit_scale", None):
-        forms.append(HeadForm(scale=float(config.logit_scale)))  # type: ignore[union-attr]
+        forms.append(HeadForm(scale=float(config.logit_scale)))
     if getattr(config, "logits_scaling", None):
-        forms.append(HeadForm(scale=1 / float(config.logits_scaling)))  # type: ignore[union-attr]
+        forms.append(HeadForm(scale=1 / float(config.logits_scaling)))
     seen: list[Tensor] = []
     handle = output_head.register_forward_hook(lambda _, __, output: seen.append(output))
     was_training = model.training

@@ -79,9 +79,7 @@ def tokenize_chat(
             raise
         last = answers[-1]
     parts = answers if train_on == "assistant" else [last]
-    return [
-        _tokenize_whole(chat.until(index + 1), max_length, stop_ids, "last") for index in parts
-    ]
+    return [_tokenize_whole(chat.until(index + 1), max_length, stop_ids, "last") for index in parts]
 
 
 def tokenize_row(

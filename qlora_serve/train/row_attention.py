@@ -47,7 +47,7 @@ class RowAttention:
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
         self._layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
         configs = [getattr(module, "config", None) for module in model.modules()]
-        held = {id(config): config for config in configs}
+        held: dict[int, Any] = {id(config): config for config in configs}
         self._configs = [c for c in held.values() if hasattr(c, "_attn_implementation")]
 
     @contextmanager
@@ -61,8 +61,7 @@ class RowAttention:
         before = [config._attn_implementation for config in self._configs]
         for layer in self._layers:
             layer.qlora_serve_spans = spans
-        # An implementation that transformers knows no mask for gets none made. The field behind
-        # the property is set, since the property's setter walks over nested configs each time.
+        # An implementation that transformers knows no mask for gets none made.
         for config in self._configs:
             config._attn_implementation = _NAME
         try:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,15 @@ from qlora_serve.errors import BaseModelError, ConfigError, OutputError
 from qlora_serve.files import published_directory, require_free_output
 from qlora_serve.progress import progress
 from qlora_serve.train.config import TrainSettings
-from qlora_serve.train.data import ChatData, read_chats
 from qlora_serve.train.interrupt import terminate_as_interrupt
+from qlora_serve.train.prepare import (
+    PreparedData,
+    RunData,
+    describe_counts,
+    manifest_data,
+    prepare_data,
+    read_run_data,
+)
 
 # torch and transformers take seconds to import. What needs them is imported when everything that
 # can be checked without them has been, so that a misspelt file name is answered at once.
@@ -62,7 +69,7 @@ def train(settings: TrainSettings, report: Report) -> TrainResult:
     """
     with terminate_as_interrupt():
         _check_outputs(settings)
-        data = read_chats(settings.data)
+        data = read_run_data(settings, settings.seed)
         source = locate_base(settings.base)
         unquantized = _unquantized(settings, source)
         max_length = _max_length(settings, source)
@@ -71,7 +78,7 @@ def train(settings: TrainSettings, report: Report) -> TrainResult:
 
 def _train(
     settings: TrainSettings,
-    data: ChatData,
+    data: RunData,
     unquantized: str | None,
     max_length: int,
     report: Report,
@@ -79,8 +86,7 @@ def _train(
     from transformers import set_seed
 
     from qlora_serve.base.load import load_base
-    from qlora_serve.train.dataset import RowDataset, tokenize_chats
-    from qlora_serve.train.masks import prompt_ids
+    from qlora_serve.train.dataset import probe_ids
     from qlora_serve.train.model import add_lora
     from qlora_serve.train.trainer import save_adapter, train_model
     from qlora_serve.train.verify import verify_saved
@@ -94,17 +100,21 @@ def _train(
             settings.double_quantization,
         )
     _check_dtype(base)
-    rows, counts = tokenize_chats(data, base.tokenizer, max_length, base.stop_token_ids)
+    prepared = prepare_data(settings, data, base, max_length)
     set_seed(settings.seed)
     model = add_lora(base, settings, _base_name(base.source))
-    _report_start(base, counts, model, unquantized, report)
+    _report_data(data, prepared, report)
+    _report_start(base, model, unquantized, report)
 
-    outcome = _or_say_where(lambda: train_model(model, RowDataset(rows), settings), report)
+    outcome = _or_say_where(lambda: train_model(model, prepared.dataset, settings), report)
 
-    probes = [
-        prompt_ids(base.tokenizer, chat.messages)[:_PROBE_TOKENS] for chat in _spread(data.rows)
-    ]
-    manifest = _manifest(settings, data, counts, base, unquantized, outcome, probes)
+    chats = _spread(data.train.rows)
+    probes = [probe_ids(base.tokenizer, chat)[:_PROBE_TOKENS] for chat in chats]
+    counts = prepared.counts
+    passes = _passes(settings, len(prepared.dataset), len(outcome.losses))
+    # Rows that are tokenized one by one are counted when their turn has come.
+    passes = passes if prepared.is_counted else max(passes, 1)
+    manifest = _manifest(settings, data, counts, passes, base, unquantized, outcome, probes)
     with published_directory(settings.output) as staging:
         save_adapter(model, staging)
         write_manifest(staging, manifest)
@@ -192,15 +202,15 @@ def _spread(rows: list[Any]) -> list[Any]:
 
 def _manifest(
     settings: TrainSettings,
-    data: ChatData,
+    data: RunData,
     counts: "DataCounts",
+    passes: float,
     base: "LoadedBase",
     unquantized: str | None,
     outcome: "TrainOutcome",
     probes: list[list[int]],
 ) -> Manifest:
     losses, seconds = outcome.losses, outcome.seconds
-    passes = _passes(settings, counts, len(losses))
     return Manifest(
         base=ManifestBase(
             name=_base_name(base.source),
@@ -210,7 +220,7 @@ def _manifest(
             unquantized=unquantized,
         ),
         recipe=settings.model_dump(mode="json"),
-        data={"file": str(data.path), "sha256": data.sha256, **asdict(counts)},
+        data=manifest_data(data, counts),
         metrics={
             "steps": len(losses),
             "first_loss": losses[0],
@@ -225,11 +235,11 @@ def _manifest(
     )
 
 
-def _passes(settings: TrainSettings, counts: "DataCounts", steps: int) -> float:
+def _passes(settings: TrainSettings, items: int, steps: int) -> float:
     """How often the run went over the data."""
     if settings.max_steps is None:
         return settings.epochs
-    return steps * settings.micro_batch * settings.accumulation / counts.rows
+    return steps * settings.micro_batch * settings.accumulation / items
 
 
 def _card(settings: TrainSettings, manifest: Manifest) -> str:
@@ -247,18 +257,14 @@ def _card(settings: TrainSettings, manifest: Manifest) -> str:
     )
 
 
-def _report_start(
-    base: "LoadedBase", counts: "DataCounts", model: Any, unquantized: str | None, report: Report
-) -> None:
-    line = (
-        f"data: {counts.rows} rows, {counts.tokens} tokens, of which {counts.trained_tokens} "
-        "count in the loss"
-    )
-    if counts.cut_rows:
-        line += f"; {counts.cut_rows} rows were cut by {counts.cut_tokens} tokens"
-    if counts.dropped_rows:
-        line += f"; {counts.dropped_rows} rows dropped, as the cut left no answer"
-    report(line)
+def _report_data(data: RunData, prepared: PreparedData, report: Report) -> None:
+    for line in data.describe():
+        report(line)
+    if prepared.is_counted:
+        report(describe_counts(prepared.counts))
+
+
+def _report_start(base: "LoadedBase", model: Any, unquantized: str | None, report: Report) -> None:
     trainable, total = model.get_nb_trainable_parameters()
     share = 100 * trainable / total
     report(f"adapter: {trainable:,} of {total:,} parameters are trained ({share:.2f} %)")

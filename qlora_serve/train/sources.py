@@ -105,7 +105,8 @@ def _open_file(path: Path) -> RawRows:
     kind = path.suffix.lower()
     if kind not in FILE_KINDS:
         raise DataError(
-            f"{path} is a {path.suffix or 'nameless'} file; expected one of: {', '.join(FILE_KINDS)}"
+            f"{path} is a {path.suffix or 'nameless'} file; expected one of: "
+            f"{', '.join(FILE_KINDS)}"
         )
     try:
         content = path.read_bytes()

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from qlora_serve.errors import OutputError, TrainError
 from qlora_serve.files import published_directory
 from qlora_serve.progress import progress
-from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.batches import LengthGroupedSampler
+from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.dataset import TrainingDataset
 from qlora_serve.train.fast_lora import fast_lora
 from qlora_serve.train.interrupt import StopRequest, stop_on_signals

@@ -46,8 +46,8 @@ _USER = {"role": "user", "content": "a"}
         (b"{\xff}", "line 1 is not UTF-8"),
         (GOOD.encode() + b"\n{'a'", "line 2 is not JSON"),
         (b"[1]", "line 1 is an array"),
-        (b"{}", 'line 1 has no "messages"; it has nothing'),
-        (b'{"prompt": "x"}', 'has no "messages"; it has prompt'),
+        (b"{}", "line 1 has nothing; expected messages, or conversations, or instruction and"),
+        (b'{"prompt": "x"}', "line 1 has prompt; expected .* or prompt and completion"),
         (b'{"messages": "x"}', '"messages" is a string'),
         (b'{"messages": []}', "no assistant turn"),
         (_messages(_USER), "no assistant turn"),
@@ -60,7 +60,7 @@ _USER = {"role": "user", "content": "a"}
         (_messages(_USER | {"weight": 1}), "message 1 has weight"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
         (GOOD[:-1].encode() + b', "type": "alpaca"}', "type 'alpaca'; expected chatml"),
-        (GOOD[:-1].encode() + b', "tools": [{}]}', "has tools"),
+        (GOOD[:-1].encode() + b', "tools": [{}]}', "tool 1 is no function"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -76,7 +76,7 @@ def test_bad_lines_are_named(tmp_path: Path, content: bytes, reason: str) -> Non
     ("content", "reason"),
     [
         ("[", "is not JSON"),
-        (GOOD, "holds an object; expected an array of rows"),
+        (GOOD.replace("{", "{\n", 1), "holds an object; expected an array of rows"),
         ("[]", "holds no rows"),
         (f"[{GOOD}, 3]", "row 2 is a number"),
         ("[" * 100_000, "is not JSON"),
@@ -92,8 +92,11 @@ def test_bad_arrays_are_named(tmp_path: Path, content: str, reason: str) -> None
 def test_files_that_are_no_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data file at"):
         read_chats(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match=r"a .csv file; expected .jsonl or .json"):
+    with pytest.raises(DataError, match="no data file at"):
         read_chats(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"a .txt file; expected one of: .jsonl, .json, .csv"):
+        read_chats(tmp_path / "a.txt")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(DataError, match="cannot read"):
         read_chats(tmp_path / "folder.json")

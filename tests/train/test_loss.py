@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qlora_serve.base.tokenizer import stop_token_ids
 from qlora_serve.train import loss as loss_module
+from qlora_serve.train.batches import LengthGroupedSampler, pad_rows
 from qlora_serve.train.config import TrainSettings
-from qlora_serve.train.dataset import IGNORED, LengthGroupedSampler, RowDataset, collate
+from qlora_serve.train.dataset import IGNORED, RowDataset
 from qlora_serve.train.loss import summed_cross_entropy, trained_positions_loss
 from qlora_serve.train.masks import TokenizedRow, tokenize_row
 from qlora_serve.train.trainer import LoraTrainer, training_arguments
@@ -44,7 +45,7 @@ def test_loss_and_gradients_equal_transformers_own(tmp_path: Path, kind: str) ->
     # gemma2 soft-caps its logits; phi's output head has a bias.
     model = _peft_model(tmp_path, kind)
     dataset = RowDataset(_rows(6))
-    micro_batches = [collate([dataset[i] for i in part]) for part in ((0, 4, 3), (1, 2), (5,))]
+    micro_batches = [pad_rows([dataset[i] for i in part]) for part in ((0, 4, 3), (1, 2), (5,))]
     tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches)
 
     theirs = 0.0
@@ -71,7 +72,7 @@ def test_loss_and_gradients_equal_transformers_own(tmp_path: Path, kind: str) ->
 
 def test_only_counted_positions_reach_the_output_head(tmp_path: Path) -> None:
     model = _peft_model(tmp_path, "llama")
-    batch = collate([RowDataset(_rows(2))[i] for i in range(2)])
+    batch = pad_rows([RowDataset(_rows(2))[i] for i in range(2)])
     labels = batch.pop("labels")
     head = model.get_base_model().get_output_embeddings()
     seen = []
@@ -101,7 +102,7 @@ def test_padding_is_told_by_its_place() -> None:
         TokenizedRow([7, 8, 2, 9, 2], [False, True, True, False, True]),
         TokenizedRow([5, 2], [False, True]),
     ]
-    batch = collate([RowDataset(rows)[i] for i in range(2)])
+    batch = pad_rows([RowDataset(rows)[i] for i in range(2)])
     assert batch["labels"].tolist() == [[-100, 8, 2, -100, 2], [-100, 2, -100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert batch["input_ids"][0].tolist() == [7, 8, 2, 9, 2]

@@ -129,7 +129,7 @@ def test_long_rows_are_cut_at_the_end_and_counted() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (FORGETFUL, chat("a", "why</think>b", "c", "d"), "message 2 .assistant.*generation"),
+        (FORGETFUL, chat("a", "why</think>b", "c", "d"), "message 2 \\(assistant.*generation"),
         (ENDLESS, chat("a", "b"), "does not end an assistant's turn"),
         (CHATML, [{"role": "tool", "content": "x"}, *chat("a", "b")], "unknown role tool"),
         (CHATML_DEFAULT_SYSTEM, [{"role": "assistant", "content": "x"}], "begins with system or"),

@@ -1,0 +1,161 @@
+"""From settings to the rows of a run: read, held out, weighted, tokenized, packed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_serve.errors import ConfigError
+from qlora_serve.train.data import (
+    ChatData,
+    hold_out,
+    read_sources,
+    require_usable,
+    weighted,
+)
+from qlora_serve.train.data_settings import DataSettings
+from qlora_serve.train.sources import Source
+
+# torch takes seconds to import; what reads and checks files needs none of it.
+if TYPE_CHECKING:
+    from qlora_serve.base.load import LoadedBase
+    from qlora_serve.train.dataset import DataCounts, TokenizeSettings, TrainingDataset
+    from qlora_serve.train.masks import TokenizedRow
+
+_LAZY_CHECKED = 64  # rows
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run, before any model is loaded."""
+
+    train: ChatData
+    evaluation: ChatData | None
+
+    def describe(self) -> list[str]:
+        """What was read, a line for each source."""
+        lines = []
+        for source in self.train.sources:
+            weight = f", weight {source.weight:g}" if source.weight != 1 else ""
+            lines.append(f"data: {source.name} is {source.format}, {source.rows} rows{weight}")
+        if self.evaluation is not None:
+            lines.append(f"evaluation: {len(self.evaluation.rows)} rows are held out")
+        return lines
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The rows of a run as the trainer takes them."""
+
+    dataset: "TrainingDataset"
+    evaluation: "Sequence[TokenizedRow]"
+    """Tokenized rows to evaluate on; may be empty."""
+    settings: "TokenizeSettings"
+    _counts: "DataCounts | None"
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether all rows are tokenized already."""
+        return self._counts is not None
+
+    @property
+    def counts(self) -> "DataCounts":
+        """What became of the training rows; of lazy ones, of those that had their turn."""
+        from qlora_serve.train.dataset import LazyDataset
+
+        if isinstance(self.dataset, LazyDataset):
+            return self.dataset.counts()
+        assert self._counts is not None
+        return self._counts
+
+
+def read_run_data(settings: DataSettings, seed: int) -> RunData:
+    """Reads the rows of a run; torch is not needed for it.
+
+    Raises:
+        ConfigError: settings contradict each other.
+        DataError: a row cannot be used, with its place in its file.
+    """
+    if settings.eval_data is not None and settings.eval_split is not None:
+        raise ConfigError("give either eval_data or eval_split, not both")
+    if settings.packing and settings.tokenization == "lazy":
+        raise ConfigError(
+            "packing needs the length of every row, which lazy tokenization does not know; use "
+            "--tokenization eager"
+        )
+    data = require_usable(read_sources(settings.sources, settings.rows))
+    evaluation = None
+    if settings.eval_split is not None:
+        data, evaluation = hold_out(data, settings.eval_split, seed)
+    elif settings.eval_data is not None:
+        evaluation = require_usable(read_sources([Source(settings.eval_data)]))
+    return RunData(weighted(data, seed), evaluation)
+
+
+def prepare_data(
+    settings: DataSettings, data: RunData, base: "LoadedBase", max_length: int
+) -> PreparedData:
+    """Tokenizes and packs the rows of a run.
+
+    Raises:
+        DataError: a row cannot be rendered by the base's template, or nothing is left to learn.
+    """
+    from qlora_serve.train.batches import pack
+    from qlora_serve.train.dataset import (
+        LazyDataset,
+        PackedDataset,
+        RowDataset,
+        TokenizeSettings,
+        tokenize_chats,
+    )
+    from qlora_serve.train.token_cache import TokenCache
+
+    tokenize = TokenizeSettings(base.tokenizer, max_length, base.stop_token_ids, settings.train_on)
+    cache = TokenCache()
+    evaluation: Sequence[TokenizedRow] = ()
+    if data.evaluation is not None:
+        evaluation, _ = tokenize_chats(data.evaluation, tokenize, cache)
+    if settings.tokenization == "lazy":
+        lazy = LazyDataset(data.train.rows, tokenize)
+        # What is wrong with all rows, such as a template without an end token, shows in the first.
+        some = data.train.rows[:_LAZY_CHECKED]
+        tokenize_chats(ChatData(data.train.sources, some), tokenize)
+        return PreparedData(lazy, evaluation, tokenize, None)
+    rows, counts = tokenize_chats(data.train, tokenize, cache)
+    dataset: TrainingDataset = RowDataset(rows)
+    if settings.packing:
+        dataset = PackedDataset(rows, pack([len(row.input_ids) for row in rows], max_length))
+    return PreparedData(dataset, evaluation, tokenize, counts)
+
+
+def describe_counts(counts: "DataCounts") -> str:
+    """What is trained on, in a line."""
+    line = (
+        f"data: {counts.rows} rows, {counts.tokens} tokens, of which {counts.trained_tokens} "
+        "count in the loss"
+    )
+    if counts.split_chats:
+        line += (
+            f"; {counts.split_chats} chats became a row for each answer, as the template rewrites "
+            "earlier turns"
+        )
+    if counts.cut_rows:
+        line += f"; {counts.cut_rows} rows were cut by {counts.cut_tokens} tokens"
+    if counts.dropped_rows:
+        line += f"; {counts.dropped_rows} rows dropped, as the cut left no answer"
+    return line
+
+
+def manifest_data(data: RunData, counts: "DataCounts") -> dict[str, Any]:
+    """What the adapter's manifest says of its data."""
+    made: dict[str, Any] = {
+        "file": data.train.name,
+        "sha256": data.train.sha256,
+        "sources": [asdict(source) for source in data.train.sources],
+        **asdict(counts),
+    }
+    if data.evaluation is not None:
+        made["evaluation"] = {
+            "rows": len(data.evaluation.rows),
+            "sources": [asdict(source) for source in data.evaluation.sources],
+        }
+    return made
