@@ -22,6 +22,7 @@ _COMMANDS = {
     "compare": "Ask base and adapters the same question, side by side.",
     "chat": "Talk to a served model in the terminal.",
     "base": "Prepare a base model.",
+    "data": "Look at training data as the model will see it.",
 }
 
 EXIT_USER_ERROR = 1

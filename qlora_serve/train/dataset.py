@@ -133,26 +133,26 @@ def tokenize_data(
     return made
 
 
-def tokenize_chats(
+def tokenize_usable(
     data: ChatData, settings: TokenizeSettings, cache: TokenCache | None = None
-) -> tuple[list[TokenizedRow], DataCounts]:
-    """Tokenizes every row, drops those with nothing to learn, and counts.
+) -> TokenizedData:
+    """Tokenizes data of which every row must be usable.
 
     Raises:
-        DataError: a row cannot be rendered, with its place in the file, or none is left.
+        DataError: a row cannot be rendered, with its place in the file, or none is left to learn
+            from.
     """
     made = tokenize_data(data.rows, settings, cache)
     if made.problems:
         first, *others = made.problems
         more = f" ({len(others)} more rows cannot be rendered; `data check` lists them)"
         raise DataError(f"{first}{more if others else ''}")
-    kept = made.kept()
-    if not kept:
+    if not made.kept():
         raise DataError(
             f"{data.name}: nothing is left to learn: all {len(data.rows)} rows were cut to "
             f"{settings.max_length} tokens, before their first answer; raise --max-length"
         )
-    return kept, made.counts()
+    return made
 
 
 def as_item(row: TokenizedRow) -> dict[str, list[int]]:

@@ -1,9 +1,10 @@
 """From settings to the rows of a run: read, held out, weighted, tokenized, packed."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import ConfigError
 from qlora_serve.train.data import (
     ChatData,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_serve.train.dataset import DataCounts, TokenizeSettings, TrainingDataset
     from qlora_serve.train.masks import TokenizedRow
 
+_DEFAULT_MAX_LENGTH = 1024
 _LAZY_CHECKED = 64  # rows
 
 
@@ -51,6 +53,8 @@ class PreparedData:
     """Tokenized rows to evaluate on; may be empty."""
     settings: "TokenizeSettings"
     _counts: "DataCounts | None"
+    warnings: list[str] = field(default_factory=list)
+    """What is doubtful about the rows, though they can be trained on."""
 
     @property
     def is_counted(self) -> bool:
@@ -100,12 +104,13 @@ def prepare_data(
         DataError: a row cannot be rendered by the base's template, or nothing is left to learn.
     """
     from qlora_serve.train.batches import pack
+    from qlora_serve.train.check import check_vocabulary, training_warnings
     from qlora_serve.train.dataset import (
         LazyDataset,
         PackedDataset,
         RowDataset,
         TokenizeSettings,
-        tokenize_chats,
+        tokenize_usable,
     )
     from qlora_serve.train.token_cache import TokenCache
 
@@ -113,18 +118,21 @@ def prepare_data(
     cache = TokenCache()
     evaluation: Sequence[TokenizedRow] = ()
     if data.evaluation is not None:
-        evaluation, _ = tokenize_chats(data.evaluation, tokenize, cache)
+        evaluation = tokenize_usable(data.evaluation, tokenize, cache).kept()
     if settings.tokenization == "lazy":
         lazy = LazyDataset(data.train.rows, tokenize)
         # What is wrong with all rows, such as a template without an end token, shows in the first.
         some = data.train.rows[:_LAZY_CHECKED]
-        tokenize_chats(ChatData(data.train.sources, some), tokenize)
+        tokenize_usable(ChatData(data.train.sources, some), tokenize)
         return PreparedData(lazy, evaluation, tokenize, None)
-    rows, counts = tokenize_chats(data.train, tokenize, cache)
+    made = tokenize_usable(data.train, tokenize, cache)
+    rows, counts = made.kept(), made.counts()
+    check_vocabulary(rows, base.tokenizer, base.model.get_input_embeddings().weight.shape[0])
+    warnings = training_warnings(data.train, data.evaluation, made, tokenize)
     dataset: TrainingDataset = RowDataset(rows)
     if settings.packing:
         dataset = PackedDataset(rows, pack([len(row.input_ids) for row in rows], max_length))
-    return PreparedData(dataset, evaluation, tokenize, counts)
+    return PreparedData(dataset, evaluation, tokenize, counts, warnings)
 
 
 def describe_counts(counts: "DataCounts") -> str:
@@ -159,3 +167,21 @@ def manifest_data(data: RunData, counts: "DataCounts") -> dict[str, Any]:
             "sources": [asdict(source) for source in data.evaluation.sources],
         }
     return made
+
+
+def longest_rows(asked: int | None, source: BaseSource) -> int:
+    """Where rows are cut: as asked for, or by default, within the base's context.
+
+    Raises:
+        ConfigError: the base cannot take so many tokens.
+    """
+    context = source.config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        return asked or _DEFAULT_MAX_LENGTH
+    if asked is None:
+        return min(_DEFAULT_MAX_LENGTH, context)
+    if asked > context:
+        raise ConfigError(
+            f"max_length: {asked} is more than the {context} tokens that {source.name} can take"
+        )
+    return asked

@@ -17,6 +17,7 @@ from qlora_serve.train.prepare import (
     PreparedData,
     RunData,
     describe_counts,
+    longest_rows,
     manifest_data,
     prepare_data,
     read_run_data,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 
-_DEFAULT_MAX_LENGTH = 1024
 _PROBES = 8
 _PROBE_TOKENS = 256
 
@@ -72,7 +72,7 @@ def train(settings: TrainSettings, report: Report) -> TrainResult:
         data = read_run_data(settings, settings.seed)
         source = locate_base(settings.base)
         unquantized = _unquantized(settings, source)
-        max_length = _max_length(settings, source)
+        max_length = longest_rows(settings.max_length, source)
         return _train(settings, data, unquantized, max_length, report)
 
 
@@ -158,20 +158,6 @@ def _base_name(source: BaseSource) -> str:
     """How later commands find the base again, from any directory."""
     is_directory = Path(source.name).expanduser().is_dir()
     return str(source.path) if is_directory else source.name
-
-
-def _max_length(settings: TrainSettings, source: BaseSource) -> int:
-    context = source.config.get("max_position_embeddings")
-    if not isinstance(context, int):
-        return settings.max_length or _DEFAULT_MAX_LENGTH
-    if settings.max_length is None:
-        return min(_DEFAULT_MAX_LENGTH, context)
-    if settings.max_length > context:
-        raise ConfigError(
-            f"max_length: {settings.max_length} is more than the {context} tokens that "
-            f"{settings.base} can take"
-        )
-    return settings.max_length
 
 
 def _check_dtype(base: "LoadedBase") -> None:
@@ -262,6 +248,8 @@ def _report_data(data: RunData, prepared: PreparedData, report: Report) -> None:
         report(line)
     if prepared.is_counted:
         report(describe_counts(prepared.counts))
+    for line in prepared.warnings:
+        report(f"warning: {line}")
 
 
 def _report_start(base: "LoadedBase", model: Any, unquantized: str | None, report: Report) -> None:

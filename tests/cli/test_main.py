@@ -8,6 +8,7 @@ import pytest
 COMMANDS = [
     [], ["train"], ["serve"], ["merge"], ["adapters"], ["adapters", "list"], ["adapters", "show"],
     ["adapters", "check"], ["compare"], ["chat"], ["base"], ["base", "prepare"],
+    ["data"], ["data", "check"],
 ]  # fmt: skip
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "fastapi", "uvicorn", "numpy", "pandas")
@@ -32,7 +33,7 @@ def test_help_has_examples_and_loads_nothing_heavy(command) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
-    if command not in (["adapters"], ["base"]):
+    if command not in (["adapters"], ["base"], ["data"]):
         assert "Examples:" in done.stdout
         assert f"qlora-serve {' '.join(command)}".strip() in done.stdout
 
