@@ -42,9 +42,25 @@ class _Plain:
         console.print(f"{self._title}: done in {seconds:.1f} s", soft_wrap=True)
 
 
+class _Silent:
+    """Nothing."""
+
+    def update(self, done: float, note: str = "") -> None:
+        pass
+
+
 @contextmanager
-def progress(title: str, total: float | None = None) -> Iterator[Progress]:
-    """Shows how long work advances; `total` is None when its length is not known."""
+def progress(title: str, total: float | None = None, silent: bool = False) -> Iterator[Progress]:
+    """Shows how long work advances.
+
+    Args:
+        title: what is done.
+        total: the units of it; None when their number is not known.
+        silent: show nothing, as in all but one of several processes.
+    """
+    if silent:
+        yield _Silent()
+        return
     if not sys.stderr.isatty():
         plain = _Plain(title, total)
         yield plain

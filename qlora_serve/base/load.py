@@ -84,6 +84,16 @@ def load_base(
     return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
 
 
+def resolve(device: str, dtype: DType) -> tuple[Any, str]:
+    """The torch device and the dtype's name that `load_base` would use.
+
+    Raises:
+        BaseModelError: there is no such device here.
+    """
+    torch_device = _device(device)
+    return torch_device, str(_torch_dtype(dtype, torch_device)).removeprefix("torch.")
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hides transformers' own progress bars, which would break into ours."""
@@ -100,14 +110,17 @@ def quiet_transformers() -> Iterator[None]:
 
 def _load_model(source: BaseSource, torch_dtype: Any, device: Any, settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     extra = {"quantization_config": settings} if settings is not None else {}
+    # ZeRO-3 splits each weight over the processes as it is read, and places the parts itself.
+    if not is_deepspeed_zero3_enabled():
+        extra["device_map"] = {"": device}
     try:
         with quiet_transformers():
             return AutoModelForCausalLM.from_pretrained(
                 source.path,
                 dtype=torch_dtype,
-                device_map={"": device},
                 use_safetensors=True,
                 **extra,
             )

@@ -9,26 +9,44 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 _PANELS = {
     "Base": ["quantization", "double_quantization", "dtype", "device", "unquantized_base"],
-    "Adapter": ["rank", "alpha", "use_rslora", "dropout", "target_modules"],
-    "Training": [
-        "epochs", "max_steps", "micro_batch", "accumulation", "max_length", "learning_rate",
-        "schedule", "warmup_ratio", "weight_decay", "adam_beta2", "max_grad_norm",
-        "gradient_checkpointing",
+    "Method": [
+        "method", "rank", "alpha", "use_rslora", "use_dora", "init", "dropout", "bias",
+        "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+        "modules_to_save", "trainable_tokens", "loraplus_ratio",
     ],
-    "Run": ["save_steps", "keep_checkpoints", "seed"],
+    "Data": [
+        "rows", "eval_data", "eval_split", "train_on", "max_length", "packing",
+        "group_by_length", "tokenization",
+    ],
+    "Training": [
+        "epochs", "max_steps", "micro_batch", "accumulation", "learning_rate",
+        "schedule", "warmup_ratio", "optimizer", "weight_decay", "adam_beta1", "adam_beta2",
+        "max_grad_norm", "gradient_checkpointing", "liger",
+    ],
+    "Evaluation": [
+        "eval_every", "load_best", "early_stopping", "sample_prompt",
+        "sample_tokens",
+    ],
+    "Processes": ["processes", "deepspeed", "nodes", "node_rank", "rendezvous"],
+    "Run": ["save_every", "keep", "resume", "seed"],
 }  # fmt: skip
 
 
 def train(settings: TrainSettings) -> None:
     """Train a LoRA adapter on chats, and write it as a checked adapter directory.
 
-    Only the assistant's words count in the loss. Ctrl-C saves a checkpoint.
+    Only the assistant's words count in the loss. Ctrl-C saves a checkpoint, from which
+    `--resume` goes on exactly.
 
     Examples:
 
         qlora-serve train --base smollm2 --data chats.jsonl --output adapters/mine
 
         qlora-serve train --base smollm2 --data chats.jsonl --output mine --quantization nf4
+
+        qlora-serve train --base smollm2 --data chats.jsonl --output mine --resume
+
+        qlora-serve train --base smollm2 --data chats.jsonl --output mine --processes 2
 
         qlora-serve train --config recipe.yaml --output adapters/mine --epochs 3
     """

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qlora_serve.train.data_settings import DataSettings
 
@@ -31,12 +31,39 @@ class TrainSettings(DataSettings):
     unquantized_base: str | None = None
     """For a base whose files are quantized: the unquantized one, which merging will load."""
 
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains an adapter; `full` trains all weights and writes a whole model."""
     rank: int = Field(16, ge=1)
     """The rank of the update of each target module."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    use_dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
+    """How the adapter starts. `pissa` and `olora` start from the base's own weights, `loftq` from
+    what NF4 rounds away, `eva` from the data's activations."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Also train biases: all of the base, or those of the target modules."""
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, json_schema_extra={"metavar": "MODULE=RANK"}
+    )
+    """Other ranks for some modules, by the end of their path or a regular expression; may be
+    given again."""
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, json_schema_extra={"metavar": "MODULE=ALPHA"}
+    )
+    """Other alphas for some modules; may be given again."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Only these layers, counted from 0; may be given again."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole and saved with the adapter, such as embed_tokens and lm_head;
+    may be given again."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose embeddings are trained, by their text; may be given again."""
+    loraplus_ratio: float | None = Field(None, ge=1)
+    """Learn the B matrices this many times faster than the A matrices (LoRA+)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """The share of a LoRA layer's inputs that training sets to zero."""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -59,6 +86,12 @@ class TrainSettings(DataSettings):
     """The share of all steps in which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
+    optimizer: Literal[
+        "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "adafactor", "lion-8bit", "sgd"
+    ] = "adamw"
+    """`adamw` is PyTorch's fused one; 8-bit and paged ones are bitsandbytes'."""
+    adam_beta1: float = Field(0.9, gt=0, lt=1)
+    """AdamW's decay of the first moment."""
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     """AdamW's decay of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -66,10 +99,40 @@ class TrainSettings(DataSettings):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    save_steps: int | None = Field(None, ge=1)
+    liger: bool = False
+    """Use liger-kernel's fused operators; GPUs only."""
+
+    eval_every: int | None = Field(None, ge=1)
+    """Measure the loss on the held-out rows every so many steps; otherwise once, at the end."""
+    load_best: bool = False
+    """Publish the checkpoint with the lowest held-out loss instead of the last step."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without a lower loss."""
+    sample_prompt: tuple[str, ...] = ()
+    """A question to answer before, during (at each evaluation) and after training; may be given
+    again."""
+    sample_tokens: int = Field(64, ge=1)
+    """The longest answer to it, in tokens."""
+
+    save_every: int | None = Field(None, ge=1)
     """Keep a checkpoint every so many steps, in OUTPUT.checkpoints."""
-    keep_checkpoints: int = Field(3, ge=1)
-    """How many of those to keep, the newest."""
+    keep: int = Field(3, ge=1)
+    """How many of those to keep: the newest, and the best where rows are held out."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of a run that was stopped."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on this machine, one for each GPU."""
+    nodes: int = Field(1, ge=1)
+    """Machines that train together; each runs the same command with its own --node-rank, and they
+    share the storage of the output."""
+    node_rank: int = Field(0, ge=0)
+    """Which of these machines this is, from 0."""
+    rendezvous: str | None = Field(None, json_schema_extra={"metavar": "HOST:PORT"})
+    """Where machine 0 can be reached by the others."""
+    deepspeed: str | None = Field(None, json_schema_extra={"metavar": "zero2|zero3|FILE"})
+    """Split the training's memory over processes: zero2, zero3, zero2-offload, zero3-offload, or a
+    DeepSpeed config file."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the adapter's first weights, the order of rows and dropout."""
 
@@ -97,7 +160,101 @@ class TrainSettings(DataSettings):
             raise ValueError(f"this is neither names nor a regular expression ({error})") from None
         return value
 
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return value
+        pairs: dict[str, str] = {}
+        for item in [value] if isinstance(value, str) else value:
+            name, equals, number = str(item).rpartition("=")
+            if not (name and equals and number):
+                raise ValueError(f"expected MODULE=NUMBER, such as q_proj=8, not {item!r}")
+            if name in pairs:
+                raise ValueError(f"{name!r} is given twice")
+            pairs[name] = number
+        return pairs
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, number in value.items():
+            if number <= 0:
+                raise ValueError(f"{name}={number} must be more than 0")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> "TrainSettings":
+        problem = _contradiction(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether more than one process trains."""
+        return self.processes * self.nodes > 1
+
     @property
     def checkpoints(self) -> Path:
         """The directory of checkpoints, beside the output."""
         return self.output.with_name(self.output.name + ".checkpoints")
+
+
+_LORA_ONLY = (
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save", "trainable_tokens",
+    "loraplus_ratio", "use_dora", "use_rslora",
+)  # fmt: skip
+
+
+def _contradiction(settings: TrainSettings) -> str | None:
+    """What two settings say against each other, if they do."""
+    return _method_problem(settings) or _parallel_problem(settings)
+
+
+def _method_problem(settings: TrainSettings) -> str | None:
+    quantized = settings.quantization != "none"
+    if settings.method == "full":
+        if quantized:
+            return (
+                f"method: full changes all weights, which {settings.quantization} ones do not "
+                "allow; use --quantization none, or --method lora"
+            )
+        given = [name for name in _LORA_ONLY if getattr(settings, name)]
+        given += ["init"] if settings.init != "default" else []
+        given += ["bias"] if settings.bias != "none" else []
+        if given:
+            return f"method: full has no adapter, so leave out {', '.join(given)}"
+    if settings.init in ("pissa", "olora"):
+        if quantized:
+            return (
+                f"init: {settings.init} moves a part of the base's weights into the adapter, which "
+                f"{settings.quantization} would round differently; use --quantization none, or "
+                "--init loftq"
+            )
+        others = ["use_dora", "modules_to_save", "trainable_tokens"]
+        given = [name for name in others if getattr(settings, name)]
+        given += ["bias"] if settings.bias != "none" else []
+        if given:
+            return f"init: {settings.init} cannot be converted to fit the base with {given[0]}"
+        if settings.use_rslora and (settings.rank_pattern or settings.alpha_pattern):
+            return (
+                f"init: {settings.init} with use_rslora cannot be converted back to the base when "
+                "there is a rank_pattern or alpha_pattern"
+            )
+    if settings.init == "loftq" and settings.quantization != "nf4":
+        return "init: loftq makes up for what NF4 rounds away; it needs --quantization nf4"
+    if (settings.early_stopping or settings.load_best) and not settings.eval_every:
+        name = "early_stopping" if settings.early_stopping else "load_best"
+        return f"{name}: it needs --eval-every"
+    return None
+
+
+def _parallel_problem(settings: TrainSettings) -> str | None:
+    if settings.nodes > 1 and settings.rendezvous is None:
+        return "nodes: several machines need --rendezvous HOST:PORT, of machine 0"
+    if settings.nodes == 1 and (settings.rendezvous or settings.node_rank):
+        return "rendezvous, node_rank: these are for --nodes 2 or more"
+    if settings.node_rank >= settings.nodes:
+        return f"node_rank: {settings.node_rank} of {settings.nodes} machines; they count from 0"
+    return None

@@ -1,9 +1,11 @@
 """Stopping a long run when asked to, at a place where nothing is lost."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,8 +20,11 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(notice: bool = True) -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request; the second stops at once.
+
+    Args:
+        notice: whether to say that the request was heard.
 
     Raises:
         KeyboardInterrupt: at the second signal.
@@ -30,7 +35,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = True
-        os.write(2, _NOTICE)  # printing in the usual way could meet a lock that is being held
+        if notice:
+            os.write(2, _NOTICE)  # printing in the usual way could meet a lock that is being held
 
     with _handling(handle):
         yield request
@@ -59,3 +65,24 @@ def _handling(handler: object) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextmanager
+def forward_signals(forward: Callable[[], None]) -> Iterator[StopRequest]:
+    """Hands each SIGINT and SIGTERM on to the processes that do the work."""
+    request = StopRequest()
+
+    def handle(_: int, __: FrameType | None) -> None:
+        request.asked = True
+        forward()
+
+    with _handling(handle):
+        yield request
+
+
+def die_with_parent() -> None:
+    """Lets this process be killed when the one that started it is, where the system can do it."""
+    if not sys.platform.startswith("linux"):
+        return
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)

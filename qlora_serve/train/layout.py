@@ -80,6 +80,11 @@ class Layout:
         ]
 
     def _find_kind(self, model: Any, packing: bool) -> Kind:
+        if hasattr(model.get_input_embeddings().weight, "ds_id"):
+            # ZeRO-3 has split the weights, and nothing can be tried before it runs the model.
+            if packing:
+                raise ConfigError("packing: not with ZeRO-3; train without it, or use zero2")
+            return "padded"
         if model.device.type == "cpu":
             attention = RowAttention(model)
             if _rows_stay_apart(model, attention):

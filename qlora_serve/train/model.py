@@ -1,87 +1,271 @@
-"""The model that is trained: a frozen base with LoRA layers."""
+"""The model that is trained: a frozen base with LoRA layers, or the base itself."""
 
 import re
+import tempfile
 import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_serve.base.load import LoadedBase
+from qlora_serve.base.untrained import untrained_template_tokens, vocabulary_weights
 from qlora_serve.errors import BaseModelError, ConfigError
 from qlora_serve.train.config import ALL_LINEAR, TrainSettings
+from qlora_serve.train.save import keep_start
 
 TRAINABLE_QUANTIZATIONS = ("none", "nf4", "int8", "gptq")
 _LISTED = 12
+_CHECKPOINTING = {"use_reentrant": False}
+
+# How PEFT calls our ways to start an adapter. LoftQ begins as usual and is filled in afterwards:
+# PEFT's own setting would put rounded weights into the base.
+_STARTS: dict[str, bool | str] = {"default": True, "loftq": True}
+
+Batches = Callable[[], Iterable[dict[str, torch.Tensor]]]
 
 
-def add_lora(base: LoadedBase, settings: TrainSettings, base_name: str) -> Any:
-    """Puts fresh LoRA layers on a base, of which only they are trained, in float32.
-
-    The random generator must have been seeded. The base is changed in place.
+def build_model(base: LoadedBase, settings: TrainSettings, base_name: str, batches: Batches) -> Any:
+    """The model to train, made of a base. The random generator must have been seeded.
 
     Args:
-        base: the loaded base.
+        base: the loaded base; it is changed in place.
         settings: of the run.
         base_name: what adapter_config.json calls the base.
+        batches: gives batches of the data, for starts that look at it.
 
     Raises:
         BaseModelError: bases quantized like this one cannot be trained on.
-        ConfigError: a target module does not exist.
+        ConfigError: a setting does not fit the base.
     """
-    from peft import LoraConfig, get_peft_model
-
-    if base.quantization not in TRAINABLE_QUANTIZATIONS:
-        raise BaseModelError(
-            f"{base.source.name} is quantized with {base.quantization}, which cannot be trained "
-            f"on; expected one of: {', '.join(TRAINABLE_QUANTIZATIONS)}"
-        )
-    targets = settings.target_modules
-    _check_targets(base.model, targets)
-    _prepare(base, settings.gradient_checkpointing)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        use_rslora=settings.use_rslora,
-        target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them
-            model: Any = get_peft_model(base.model, config)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"target_modules {_shown(targets)} cannot be used: {reason}") from None
-    # PEFT writes the path of the loaded files, which says little about a hub model.
-    model.peft_config["default"].base_model_name_or_path = base_name
+    if settings.method == "full":
+        return _whole_model(base, settings)
+    model = add_lora(base, settings, base_name)
+    if settings.init == "eva":
+        _start_from_data(model, batches)
+    elif settings.init == "loftq":
+        _start_from_rounding(model, base)
+    elif settings.init in ("pissa", "olora"):
+        _keep_start(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
     return model
 
 
+def _whole_model(base: LoadedBase, settings: TrainSettings) -> Any:
+    if base.quantization != "none":
+        raise BaseModelError(
+            f"{base.source.name} is quantized ({base.quantization}), and method full changes all "
+            "weights; name the unquantized base, or use --method lora"
+        )
+    model = base.model
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def add_lora(base: LoadedBase, settings: TrainSettings, base_name: str) -> Any:
+    """Puts fresh LoRA layers on a base, of which only they are trained.
+
+    Raises:
+        BaseModelError: bases quantized like this one cannot be trained on.
+        ConfigError: a setting does not fit the base.
+    """
+    from peft import get_peft_model
+
+    if base.quantization not in TRAINABLE_QUANTIZATIONS:
+        raise BaseModelError(
+            f"{base.source.name} is quantized with {base.quantization}, which cannot be trained "
+            f"on; expected one of: {', '.join(TRAINABLE_QUANTIZATIONS)}"
+        )
+    if base.quantization != "none" and settings.init in ("pissa", "olora"):
+        raise ConfigError(
+            f"init: {settings.init} changes the base's weights, and those of {base.source.name} "
+            f"are quantized ({base.quantization}); name the unquantized base"
+        )
+    _check_modules(base.model, settings)
+    _prepare(base, settings.gradient_checkpointing)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them
+            model: Any = get_peft_model(base.model, _lora_config(base, settings))
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        targets = _shown(settings.target_modules)
+        raise ConfigError(f"target_modules {targets} cannot be used: {reason}") from None
+    # PEFT writes the path of the loaded files, which says little about a hub model.
+    model.peft_config["default"].base_model_name_or_path = base_name
+    return model
+
+
+def _lora_config(base: LoadedBase, settings: TrainSettings) -> Any:
+    from peft import EvaConfig, LoraConfig
+
+    targets = settings.target_modules
+    extra: dict[str, Any] = {}
+    if settings.init == "eva":
+        # All modules keep the rank that was asked for.
+        extra["eva_config"] = EvaConfig(rho=1.0)
+    if settings.layers_to_transform:
+        extra["layers_to_transform"] = list(settings.layers_to_transform)
+    if settings.trainable_tokens:
+        extra["trainable_token_indices"] = _token_ids(base.tokenizer, settings.trainable_tokens)
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        bias=settings.bias,
+        init_lora_weights=_STARTS.get(settings.init, settings.init),
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        modules_to_save=list(settings.modules_to_save) or None,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        task_type="CAUSAL_LM",
+        **extra,
+    )
+
+
+def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in vocabulary]
+    if unknown:
+        raise ConfigError(
+            f"trainable_tokens: {', '.join(map(repr, unknown))} are no tokens of this base; name "
+            "single tokens, such as '<|im_start|>'"
+        )
+    return sorted({int(vocabulary[token]) for token in tokens})
+
+
 def _prepare(base: LoadedBase, gradient_checkpointing: bool) -> None:
-    options = {"use_reentrant": False}
     if base.quantization == "none":
         if gradient_checkpointing:
-            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
         return
     from peft import prepare_model_for_kbit_training
 
     prepare_model_for_kbit_training(
         base.model,
         use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs=options,
+        gradient_checkpointing_kwargs=_CHECKPOINTING,
     )
 
 
-def _check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
-    if targets == ALL_LINEAR:
-        return
+def _start_from_data(model: Any, batches: Batches) -> None:
+    """EVA: the A matrices span what the layers' inputs vary in (arXiv:2410.07170)."""
+    from peft import initialize_lora_eva_weights
+
+    inputs = [
+        {name: value for name, value in batch.items() if name != "labels"} for batch in batches()
+    ]
+    try:
+        initialize_lora_eva_weights(
+            model,
+            dataloader=inputs,
+            show_progress_bar=False,
+            gather_distributed_inputs=False,  # every process looks at the same batches
+        )
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"init: eva cannot start from this data: {reason}") from None
+
+
+def _start_from_rounding(model: Any, base: LoadedBase) -> None:
+    """LoftQ: the adapter begins as the best update of what NF4 rounded away (arXiv:2310.08659)."""
+    from peft import replace_lora_weights_loftq
+
+    files = sorted(base.source.path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ConfigError(
+            f"init: loftq reads the unquantized weights from one file, and {base.source.path} has "
+            f"{len(files)}; use another init"
+        )
+    try:
+        replace_lora_weights_loftq(model, model_path=str(files[0]))
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"init: loftq cannot start from this base: {reason}") from None
+    # PEFT fits B A itself to what was rounded away, while the model adds scaling * B A.
+    for module in model.modules():
+        if "default" in getattr(module, "lora_B", {}):
+            module.lora_B["default"].weight.data /= module.scaling["default"]
+
+
+def _keep_start(model: Any) -> None:
+    folder = tempfile.TemporaryDirectory(prefix="qlora-serve-start-")
+    # It goes away with the model.
+    model.qlora_serve_start_folder = folder
+    # PEFT names an adapter after the last part of the path.
+    keep_start(model, Path(folder.name) / "start")
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; quantized ones count unpacked."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()  # knows packed and split ones
+        return int(trainable), int(total)
+    sizes = [int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(sizes), sum(sizes)
+
+
+def untaught_tokens(
+    base: LoadedBase, settings: TrainSettings, weights: list[Any] | None = None
+) -> list[str]:
+    """The chat template's tokens that neither the base knows nor this run will teach it.
+
+    Args:
+        base: the loaded base.
+        settings: of the run.
+        weights: of its vocabulary; by default, those in memory.
+    """
+    if settings.method == "full" or _vocabulary_names(base.model) & set(settings.modules_to_save):
+        return []
+    weights = vocabulary_weights(base.model) if weights is None else weights
+    found = untrained_template_tokens(base.tokenizer, weights)
+    return [token for token in found if token not in settings.trainable_tokens]
+
+
+def _vocabulary_names(model: Any) -> set[str]:
+    modules = {model.get_input_embeddings(), model.get_output_embeddings()}
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if module in modules}
+
+
+def vocabulary_flags(model: Any) -> str:
+    """The flags with which a run trains the embedding and the output head."""
+    return " ".join(f"--modules-to-save {name}" for name in sorted(_vocabulary_names(model)))
+
+
+def _check_modules(model: Any, settings: TrainSettings) -> None:
+    targets = settings.target_modules
+    if targets != ALL_LINEAR:
+        _check_names(model, targets, "target_modules")
+    _check_names(model, settings.modules_to_save, "modules_to_save")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, field):
+            # PEFT matches a pattern with the end of a path.
+            _check_names(model, rf"(.*\.)?({pattern})", field, shown=pattern)
+    count: int = model.config.num_hidden_layers
+    beyond = [layer for layer in settings.layers_to_transform if not 0 <= layer < count]
+    if beyond:
+        raise ConfigError(
+            f"layers_to_transform: this base has layers 0 to {count - 1}, not {beyond[0]}"
+        )
+
+
+def _check_names(
+    model: Any, targets: str | tuple[str, ...], field: str, shown: str | None = None
+) -> None:
     paths = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        wrong = [] if any(re.fullmatch(targets, path) for path in paths) else [targets]
+        try:
+            wrong = [] if any(re.fullmatch(targets, path) for path in paths) else [targets]
+        except re.error as error:
+            raise ConfigError(f"{field}: {targets!r} is no regular expression ({error})") from None
     else:
         wrong = [
             name
@@ -90,9 +274,10 @@ def _check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
         ]
     if wrong:
         known = sorted({path.rpartition(".")[2] for path in _linear_paths(model)})
+        listed = repr(shown) if shown else _shown(tuple(wrong))
         raise ConfigError(
-            f"target_modules {_shown(tuple(wrong))} match nothing in this base; its linear layers "
-            f"are: {', '.join(known[:_LISTED])}"
+            f"{field} {listed} match nothing in this base; its linear layers are: "
+            f"{', '.join(known[:_LISTED])}"
         )
 
 

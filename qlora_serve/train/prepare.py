@@ -127,7 +127,10 @@ def prepare_data(
         return PreparedData(lazy, evaluation, tokenize, None)
     made = tokenize_usable(data.train, tokenize, cache)
     rows, counts = made.kept(), made.counts()
-    check_vocabulary(rows, base.tokenizer, base.model.get_input_embeddings().weight.shape[0])
+    embedding = base.model.get_input_embeddings().weight
+    # ZeRO-3 leaves the shape of a weight that it has split elsewhere.
+    size = getattr(embedding, "ds_shape", embedding.shape)[0]
+    check_vocabulary(rows, base.tokenizer, size)
     warnings = training_warnings(data.train, data.evaluation, made, tokenize)
     dataset: TrainingDataset = RowDataset(rows)
     if settings.packing:

@@ -1,10 +1,10 @@
 """The training loop: transformers' Trainer with our loss, row order, checkpoints and reports."""
 
+import json
 import math
-import os
-import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qlora_serve.errors import OutputError, TrainError
-from qlora_serve.files import published_directory
 from qlora_serve.progress import progress
+from qlora_serve.train import save
 from qlora_serve.train.batches import LengthGroupedSampler
+from qlora_serve.train.checkpoints import (
+    RUN_FILE,
+    STATE_FILE,
+    newest_whole,
+    published_together,
+    remove_old,
+    torch_write_errors,
+)
 from qlora_serve.train.config import TrainSettings
-from qlora_serve.train.dataset import TrainingDataset
+from qlora_serve.train.dataset import IGNORED, RowDataset, TrainingDataset
 from qlora_serve.train.fast_lora import fast_lora
 from qlora_serve.train.interrupt import StopRequest, stop_on_signals
 from qlora_serve.train.layout import Layout
+from qlora_serve.train.log import Evaluation, Step, TrainingLog, peak_memory, read_log
+from qlora_serve.train.optimizer import loraplus_optimizer
+from qlora_serve.train.parallel import any_of, is_main, rank, world_size
+from qlora_serve.train.samples import Sampler
 from qlora_serve.train.schedule import rate_factor, warmup_steps
+
+WriteExtra = Callable[[Path], None]
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -38,95 +52,96 @@ class TrainingStopped(KeyboardInterrupt):
 class TrainOutcome:
     """How a training loop ended."""
 
-    losses: list[float]
-    """Of each step, in order."""
-    seconds: float
+    log: TrainingLog
+    tensors: dict[str, torch.Tensor]
+    """See `save.trained_tensors`."""
+    step: int
+    """The step that is published: the last, or the best."""
 
 
-def train_model(model: Any, dataset: TrainingDataset, settings: TrainSettings) -> TrainOutcome:
-    """Trains a PEFT model in place.
+@dataclass(frozen=True)
+class Run:
+    """All that a training loop works with."""
+
+    model: Any
+    settings: TrainSettings
+    arguments: TrainingArguments
+    dataset: TrainingDataset
+    held_out: RowDataset | None
+    identity: dict[str, Any]
+    """See `checkpoints.run_identity`."""
+    sampler: Sampler
+    write_extra: WriteExtra
+    """Writes what else belongs to a checkpoint, such as its manifest."""
+    environment: dict[str, Any]
+    resume_from: Path | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+
+def train_model(run: Run) -> TrainOutcome:
+    """Trains a model in place.
 
     Raises:
         OutputError: a checkpoint cannot be written.
-        TrainError: the loss is not finite.
+        TrainError: the loss is not finite, or nothing is learnt.
         TrainingStopped: someone asked to stop; at the second time, a plain KeyboardInterrupt.
     """
     try:
-        with stop_on_signals() as stop, progress("training", _steps(dataset, settings)) as bar:
-            trainer = LoraTrainer(model, training_arguments(settings, model), dataset, settings)
-            watcher = _Watcher(bar.update, stop)
-            trainer.add_callback(watcher)
-            with fast_lora(model) if model.device.type == "cpu" else nullcontext():
-                result = trainer.train()
-            if stop.asked:
+        steps = _steps(run.dataset, run.settings)
+        with (
+            stop_on_signals(notice=is_main()) as stop,
+            progress("training", steps, silent=not is_main()) as bar,
+        ):
+            trainer = OurTrainer(run)
+            for callback in (_Watcher(trainer, bar.update, stop), *run.callbacks):
+                trainer.add_callback(callback)
+            on_cpu = trainer.args.device.type == "cpu"
+            with fast_lora(run.model) if on_cpu else nullcontext():
+                trainer.train(resume_from_checkpoint=_text(run.resume_from))
+            trainer.log_.peak_memory_bytes = peak_memory(trainer.args.device)
+            if any_of(stop.asked):
                 raise TrainingStopped(trainer.checkpoint_now(), trainer.state.global_step)
+            trainer.finish()
+            return TrainOutcome(trainer.log_, *trainer.published_tensors())
     finally:
-        _remove_if_empty(settings.checkpoints)
-    return TrainOutcome(watcher.losses, float(result.metrics["train_runtime"]))
+        if is_main():
+            _remove_if_empty(run.settings.checkpoints)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _steps(dataset: TrainingDataset, settings: TrainSettings) -> int:
     """Optimizer steps of the whole run, as Trainer counts them."""
     if settings.max_steps:
         return settings.max_steps
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(math.ceil(len(dataset) / settings.micro_batch) / processes)
+    batches = math.ceil(math.ceil(len(dataset) / settings.micro_batch) / world_size())
     return math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
 
 
-def training_arguments(settings: TrainSettings, model: Any) -> TrainingArguments:
-    """Our settings in the words of transformers."""
-    on_gpu = model.device.type == "cuda"
-    dtype = model.get_base_model().dtype
-    arguments = TrainingArguments(
-        output_dir=str(settings.checkpoints),
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.accumulation,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        # On a GPU the float32 LoRA layers compute in the base's dtype.
-        bf16=on_gpu and dtype == torch.bfloat16,
-        fp16=on_gpu and dtype == torch.float16,
-        use_cpu=not on_gpu,
-        seed=settings.seed,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        log_level="error",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-    )
-    # More GPUs take more processes: transformers' one-process way splits batches under our hook.
-    _ = arguments.device
-    arguments._n_gpu = min(arguments._n_gpu, 1)
-    return arguments
-
-
-class LoraTrainer(Trainer):
+class OurTrainer(Trainer):
     """Trainer with logits at trained positions only, and checkpoints that appear whole."""
 
     # The loss is already divided by the trained tokens of the whole step.
     loss_is_scaled_for_ga = True
     lr_scheduler: Any
+    optimizer: Any
+    control: Any
 
-    def __init__(
-        self, model: Any, arguments: Any, dataset: TrainingDataset, settings: TrainSettings
-    ) -> None:
-        self.layout = Layout(model, settings.packing)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.settings = run.settings
+        self.log_ = TrainingLog(environment=run.environment)
+        self.step_tokens = 0
+        self.layout = Layout(run.model, run.settings.packing)
         super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
+            model=run.model,
+            args=run.arguments,
+            train_dataset=run.dataset,
+            eval_dataset=run.held_out,
             data_collator=self.layout.collate,
         )
-        self.settings = settings
         # Makes Trainer count the labels of all micro-batches of a step, whatever the model takes.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -142,6 +157,19 @@ class LoraTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, or LoRA+ with Trainer's class and options."""
+        if self.optimizer is None and self.settings.loraplus_ratio is not None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options["loraplus_weight_decay"] = self.settings.weight_decay
+            self.optimizer = loraplus_optimizer(
+                self.model, kind, options, self.settings.loraplus_ratio
+            )
+        optimizer = super().create_optimizer(model)
+        # DeepSpeed flattens each group, which an empty one does not allow.
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def training_step(
         self,
@@ -166,101 +194,346 @@ class LoraTrainer(Trainer):
         """The loss per trained token of the whole step, of which this micro-batch is a part."""
         assert not return_outputs
         assert num_items_in_batch is not None
+        self.step_tokens += _token_count(inputs)
         loss = self.layout.loss(model, inputs)
         # Gradients are averaged over processes, while the count is of all of them. Rows that are
         # tokenized one by one may all turn out to be cut before their answers.
         tokens = num_items_in_batch.clamp(min=1)
         loss = loss * self.accelerator.num_processes / tokens
         if not bool(torch.isfinite(loss)):
-            step = self.state.global_step + 1
-            raise TrainError(
-                f"the loss is {loss.item()} at step {step} of {self.state.max_steps}, so training "
-                "stopped; lower --learning-rate, or choose --dtype bfloat16 or float32"
-            )
+            self.diverged(f"the loss is {loss.item()}")
         return loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = (train_dataset or self.train_dataset).lengths
-        settings = self.settings
-        return LengthGroupedSampler(
-            lengths, settings.micro_batch, settings.seed, settings.group_by_length
+    def diverged(self, reason: str, advice: str | None = None) -> None:
+        """Ends the run, and says what is left of it.
+
+        Raises:
+            TrainError: always.
+        """
+        last = newest_whole(self.settings.checkpoints)
+        left = f"; the last good checkpoint is {last}" if last else ""
+        advice = advice or "lower --learning-rate, or choose --dtype bfloat16 or float32"
+        step = self.state.global_step + 1
+        raise TrainError(
+            f"{reason} at step {step} of {self.state.max_steps}, so training stopped; "
+            f"{advice}{left}"
         )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes a plain PEFT adapter directory."""
-        save_adapter(self.model, Path(output_dir or self.args.output_dir))
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss per counted token of the held-out rows, whatever their batches are."""
+        was_training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        for rows, counts in _own_batches(len(self.eval_dataset), self.settings.micro_batch):
+            items = [self.eval_dataset[row] for row in rows]
+            inputs = self._prepare_inputs(self.layout.collate(items))
+            with self.compute_loss_context_manager(), self.layout.over(inputs):
+                loss = self.layout.loss(self.model_wrapped, inputs)
+            if counts:
+                total[0] += float(loss)
+                total[1] += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        total = self.accelerator.reduce(total, reduction="sum")
+        self.model_wrapped.train(was_training)
+        metrics = {"eval_loss": float(total[0] / total[1])}
+        step = self.state.global_step
+        self.log_.evaluations.append(Evaluation(step, metrics["eval_loss"]))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
-    @property
-    def _checkpoint_path(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def take_samples(self) -> None:
+        """Answers the fixed prompts with the model as it is."""
+        sampler = self.run.sampler
+        shards = _is_zero3()
+        if sampler and (is_main() or shards):
+            found = sampler.answers(self.model, self.state.global_step, shards)
+            self.log_.samples.extend(found)
+
+    def finish(self) -> None:
+        """The last evaluation and the last samples."""
+        step = self.state.global_step
+        evaluations, samples = self.log_.evaluations, self.log_.samples
+        if self.run.held_out is not None and not (evaluations and evaluations[-1].step == step):
+            self.evaluate()
+        if not (samples and samples[-1].step == step):
+            self.take_samples()
+
+    def published_tensors(self) -> tuple[dict[str, torch.Tensor], int]:
+        """What is trained, and after which step: the best one if that was asked for."""
+        best, step = self.log_.best, self.state.global_step
+        if self.settings.load_best and best is not None and best.step not in (0, step):
+            self._put_checkpoint(self.checkpoint_path(best.step))
+            step = best.step
+        tensors = save.trained_tensors(self.model)
+        return tensors, step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        settings = self.settings
+        self.row_order = LengthGroupedSampler(
+            (train_dataset or self.train_dataset).lengths,
+            settings.micro_batch,
+            settings.seed,
+            settings.group_by_length,
+        )
+        return self.row_order
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.settings.checkpoints / f"checkpoint-{step}"
 
     def checkpoint_now(self) -> Path:
         """The checkpoint of the step that was reached, saved if it is not there yet."""
-        if not self._checkpoint_path.is_dir():
+        path = self.checkpoint_path(self.state.global_step)
+        if any_of(not path.is_dir()):
             self._save_checkpoint(self.model, None)
-        return self._checkpoint_path
+        return path
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        target = self._checkpoint_path
-        with published_directory(target) as staging:
-            self.save_model(str(staging))
-            with _torch_write_errors(target):
-                self._save_optimizer_and_scheduler(str(staging))
-                self._save_scaler(str(staging))
-                self._save_rng_state(str(staging))
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-        for old in find_checkpoints(target.parent)[: -self.settings.keep_checkpoints]:
-            shutil.rmtree(old)
+        target = self.checkpoint_path(self.state.global_step)
+        if any_of(target.is_dir()):
+            return  # a run that was resumed passes its own last checkpoint only when it ends
+        try:
+            with published_together(target) as staging:
+                self._write_checkpoint(staging, target)
+        except OutputError as error:
+            last = newest_whole(target.parent)
+            if last is None:
+                raise
+            raise OutputError(
+                f"{error}; the last good checkpoint is {last}: free some space, then run the same "
+                "command with --resume"
+            ) from error
+        if is_main():
+            best = self.log_.best
+            remove_old(target.parent, self.settings.keep, best.step if best else None)
+
+    def _write_checkpoint(self, staging: Path, target: Path) -> None:
+        self.save_model(str(staging))
+        with torch_write_errors(target):
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if not is_main():
+            return
+        # Callbacks that count, such as the one that stops early, go on from where they were.
+        self.state.stateful_callbacks = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if hasattr(callback, "state") and callable(callback.state):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(staging / STATE_FILE))
+        self.log_.write(staging)
+        (staging / RUN_FILE).write_text(
+            json.dumps(self.run.identity, indent=1) + "\n", encoding="utf-8"
+        )
+        self.run.write_extra(staging)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes a plain PEFT adapter directory, or a model's with `--method full`."""
+        folder = Path(output_dir or self.args.output_dir)
+        tensors = save.trained_tensors(self.model)
+        if not save.is_adapter(self.model):
+            save.save_model(self.model, folder, tensors, "float32")
+            return
+        save.save_adapter(self.model, folder, tensors)
+        if save.is_converted(self.model) and is_main():
+            from safetensors.torch import save_file
+
+            save_file(tensors, folder / save.TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._put_checkpoint(Path(resume_from_checkpoint))
+
+    def _put_checkpoint(self, folder: Path) -> None:
+        if save.is_adapter(self.model):
+            save.load_adapter_tensors(self.model, folder)
+        else:
+            save.load_model_tensors(self.model, folder)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        assert self.run.resume_from is not None
+        earlier = read_log(self.run.resume_from)
+        earlier.environment = self.run.environment
+        self.log_ = earlier
 
 
-@contextmanager
-def _torch_write_errors(target: Path) -> Iterator[None]:
-    """Recognizes a failed `torch.save`, which loses the system's reason."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise OutputError(
-            f"cannot write {target}: the optimizer's state could not be written whole; the disk "
-            "may be full"
-        ) from error
+def _token_count(inputs: dict[str, torch.Tensor]) -> int:
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return int(mask.sum())
+    return inputs["input_ids"].numel()
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Writes a PEFT model's adapter: its config and its tensors."""
-    # Left to itself, PEFT may ask a hub whether the base's vocabulary was enlarged; ours never is.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    # PEFT's card is a form full of gaps.
-    (folder / "README.md").unlink(missing_ok=True)
+def _own_batches(rows: int, micro_batch: int) -> Iterator[tuple[range, bool]]:
+    """This process's share of all rows, as batches, and whether each counts.
+
+    Every process gets as many, since they may have to compute together; those that do not count
+    fill up.
+    """
+    for start in range(0, rows, micro_batch * world_size()):
+        first = start + rank() * micro_batch
+        if first < rows:
+            yield range(first, min(first + micro_batch, rows)), True
+        else:
+            yield range(1), False
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a directory, the oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+def _is_zero3() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
 
 
 class _Watcher(TrainerCallback):
-    """Reports each step, and ends the run when asked to."""
+    """Keeps the log, reports each step, and ends the run when asked to."""
 
-    def __init__(self, report: Callable[[float, str], None], stop: StopRequest) -> None:
+    def __init__(
+        self, trainer: OurTrainer, report: Callable[[float, str], None], stop: StopRequest
+    ) -> None:
+        self._trainer = trainer
         self._report = report
         self._stop = stop
-        self.losses: list[float] = []
+        self._since = time.monotonic()
+        self._tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The samples before training."""
+        if state.global_step == 0:
+            self._trainer.take_samples()
+        self._since = time.monotonic()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tells the row order its epoch: accelerate does not reach it through the loader that
+        skips the batches of a run that is resumed."""
+        self._trainer.row_order.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ends the run if someone asked for it."""
-        if self._stop.asked:
+        """Ends the run if someone asked any of its processes to."""
+        self._tokens, self._trainer.step_tokens = self._trainer.step_tokens, 0
+        if any_of(self._stop.asked):
             control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Keeps and shows the loss of a step."""
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            self._report(state.global_step, f"loss {logs['loss']:.4f}")
+        if not logs or "loss" not in logs:
+            return
+        now = time.monotonic()
+        step = Step(
+            step=state.global_step,
+            loss=float(logs["loss"]),
+            learning_rate=float(logs["learning_rate"]),
+            grad_norm=float(logs.get("grad_norm") or 0.0),
+            tokens=self._tokens * world_size(),
+            seconds=round(now - self._since, 4),
+        )
+        self._since = now
+        self._trainer.log_.steps.append(step)
+        self._report(state.global_step, f"loss {step.loss:.4f}")
+        self._check(step)
+
+    def _check(self, step: Step) -> None:
+        # With float16 the scaler skips steps whose gradients overflowed, and lowers itself.
+        if self._trainer.args.fp16:
+            return
+        self._trainer.state.global_step -= 1  # the step that is over
+        try:
+            if not math.isfinite(step.grad_norm):
+                self._trainer.diverged(f"the gradient's norm is {step.grad_norm}")
+            if step.step == 1 and step.grad_norm == 0:
+                self._trainer.diverged(
+                    "every gradient is zero",
+                    "nothing that is trained has a part in the answers: check --target-modules "
+                    "and --layers-to-transform",
+                )
+        finally:
+            self._trainer.state.global_step += 1
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        """Takes samples, and keeps a checkpoint of what may be published as the best."""
+        self._trainer.take_samples()
+        best = self._trainer.log_.best
+        if self._trainer.settings.load_best and best and best.step == state.global_step:
+            control.should_save = True
+        self._since = time.monotonic()
 
 
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def training_arguments(settings: TrainSettings, device: Any, dtype: str) -> TrainingArguments:
+    """Our settings in the words of transformers; with several processes, this joins them.
+
+    Args:
+        settings: of the run.
+        device: the torch device to train on.
+        dtype: what the base computes in.
+    """
+    from qlora_serve.train.optimizer import transformers_name
+    from qlora_serve.train.zero import deepspeed_config
+
+    on_gpu = device.type == "cuda"
+    lowered = on_gpu or (settings.method == "full")
+    arguments = TrainingArguments(
+        output_dir=str(settings.checkpoints),
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        optim=transformers_name(settings, on_gpu),
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        # Float32 parameters that are trained compute in the base's dtype.
+        bf16=lowered and dtype == "bfloat16",
+        fp16=lowered and dtype == "float16",
+        use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu or world_size() == 1 else "gloo",
+        ddp_find_unused_parameters=False,
+        deepspeed=deepspeed_config(settings) if settings.deepspeed else None,
+        seed=settings.seed,
+        eval_strategy="steps" if settings.eval_every else "no",
+        eval_steps=settings.eval_every,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        use_liger_kernel=settings.liger,
+        # Our loss takes the logits at the trained positions from the model itself.
+        liger_kernel_config={"fused_linear_cross_entropy": False} if settings.liger else None,
+    )
+    # More GPUs take more processes: transformers' one-process way splits batches under our hook.
+    device = arguments.device
+    if settings.deepspeed:
+        _join_deepspeed(device.type == "cuda")
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
+
+
+def _join_deepspeed(on_gpu: bool) -> None:
+    """Tells DeepSpeed of the processes that torch has joined; else it splits weights for one."""
+    import deepspeed
+
+    if not on_gpu:
+        # On a CPU it would compile an operator of its own for exchanges, for minutes; gloo's do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )

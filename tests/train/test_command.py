@@ -76,7 +76,7 @@ def test_stopping_leaves_a_usable_checkpoint_and_no_output(
     assert any(bool(update.any()) for update in updates)
 
 
-@pytest.mark.parametrize("more", [(), ("--save-steps", 1)], ids=["output", "checkpoint"])
+@pytest.mark.parametrize("more", [(), ("--save-every", 1)], ids=["output", "checkpoint"])
 def test_a_full_disk_is_one_line_and_leaves_no_output(
     base: Path, data: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:

@@ -56,7 +56,7 @@ def test_a_run_publishes_what_it_trained(
 
     def verify_and_remember(model: Any, folder: Path, *others: Any) -> None:
         verify(model, folder, *others)
-        trained.append(_logits(model, others[1][0]))
+        trained.append(_logits(model, others[2][0]))
 
     monkeypatch.setattr(verify_module, "verify_saved", verify_and_remember)
     result, lines = _train(base, data, tmp_path / "out", max_steps=None, epochs=5)
@@ -67,6 +67,7 @@ def test_a_run_publishes_what_it_trained(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_serve.json",
+        "training_log.json",
     ]  # fmt: skip
     manifest = read_adapter(result.path).manifest
     assert manifest is not None
@@ -158,7 +159,7 @@ def test_checkpointing_gradients_changes_no_adapter(base: Path, data: Path, tmp_
 
 def test_checkpoints_are_adapters_and_limited(base: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    _train(base, data, output, save_steps=2, keep_checkpoints=2)
+    _train(base, data, output, save_every=2, keep=2)
     kept = sorted((tmp_path / "out.checkpoints").iterdir())
     assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-6"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -226,33 +227,41 @@ def test_a_template_error_names_the_line(base: Path, tmp_path: Path) -> None:
         _train(base, data, tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["tensor", "nan", "zero"])
+@pytest.mark.parametrize("damage", ["tensor", "nan", "zero", "empty"])
 def test_an_adapter_that_was_saved_wrong_is_not_published(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     from safetensors.torch import save_file
 
-    from qlora_serve.train import trainer
+    from qlora_serve.train import save as save_module
 
-    save = trainer.save_adapter
+    save = save_module.save_adapter
 
-    def save_wrong(model: Any, folder: Path) -> None:
+    def save_wrong(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         if damage == "zero":
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.data.zero_()
-        save(model, folder)
+                    tensors[name].zero_()
+        save(model, folder, tensors)
         file = folder / "adapter_model.safetensors"
-        tensors = load_file(file)
-        first = sorted(tensors)[0]
+        saved = load_file(file)
+        first = sorted(saved)[0]
         if damage == "tensor":
-            tensors[first][0, 0] += 1e-7
+            saved[first][0, 0] += 1e-7
         elif damage == "nan":
-            tensors[first][0, 0] = float("nan")
-        save_file(tensors, file, metadata={"format": "pt"})
+            saved[first][0, 0] = float("nan")
+        elif damage == "empty":  # as ZeRO-3 leaves parameters that nobody gathered
+            saved = {name: torch.empty(0) for name in saved}
+        save_file(saved, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(trainer, "save_adapter", save_wrong)
-    reasons = {"tensor": "differs from the trained", "nan": "NaN", "zero": "changes nothing"}
+    monkeypatch.setattr(save_module, "save_adapter", save_wrong)
+    reasons = {
+        "tensor": "differs from the trained",
+        "nan": "NaN",
+        "zero": "changes nothing",
+        "empty": "have another shape .* is 0, expected",
+    }
     with pytest.raises(TrainError, match=reasons[damage]):
         _train(base, data, tmp_path / "out", max_steps=1)
     assert list(tmp_path.iterdir()) == []
