@@ -97,8 +97,12 @@ def add_lora(base: LoadedBase, settings: TrainSettings, base_name: str) -> Any:
         reason = " ".join(str(error).split())[:300]
         targets = _shown(settings.target_modules)
         raise ConfigError(f"target_modules {targets} cannot be used: {reason}") from None
-    # PEFT writes the path of the loaded files, which says little about a hub model.
-    model.peft_config["default"].base_model_name_or_path = base_name
+    config = model.peft_config["default"]
+    # PEFT writes the path of the loaded files, which says little about a hub model, and its set of
+    # targets in an order that differs from process to process.
+    config.base_model_name_or_path = base_name
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
     return model
 
 
