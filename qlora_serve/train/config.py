@@ -242,12 +242,18 @@ def _method_problem(settings: TrainSettings) -> str | None:
                 f"init: {settings.init} with use_rslora cannot be converted back to the base when "
                 "there is a rank_pattern or alpha_pattern"
             )
+    if settings.layers_to_transform and _is_pattern(settings.target_modules):
+        return "layers_to_transform: a regular expression in target_modules already says which"
     if settings.init == "loftq" and settings.quantization != "nf4":
         return "init: loftq makes up for what NF4 rounds away; it needs --quantization nf4"
     if (settings.early_stopping or settings.load_best) and not settings.eval_every:
         name = "early_stopping" if settings.early_stopping else "load_best"
         return f"{name}: it needs --eval-every"
     return None
+
+
+def _is_pattern(targets: str | tuple[str, ...]) -> bool:
+    return isinstance(targets, str) and targets != ALL_LINEAR
 
 
 def _parallel_problem(settings: TrainSettings) -> str | None:

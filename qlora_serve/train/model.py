@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from qlora_serve.base.identity import weight_files
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.untrained import untrained_template_tokens, vocabulary_weights
 from qlora_serve.errors import BaseModelError, ConfigError
@@ -115,6 +117,8 @@ def _lora_config(base: LoadedBase, settings: TrainSettings) -> Any:
         # All modules keep the rank that was asked for.
         extra["eva_config"] = EvaConfig(rho=1.0)
     if settings.layers_to_transform:
+        if targets == ALL_LINEAR:
+            targets = _all_linear(base.model)  # PEFT takes layers only with names
         extra["layers_to_transform"] = list(settings.layers_to_transform)
     if settings.trainable_tokens:
         extra["trainable_token_indices"] = _token_ids(base.tokenizer, settings.trainable_tokens)
@@ -179,25 +183,41 @@ def _start_from_data(model: Any, batches: Batches) -> None:
         raise ConfigError(f"init: eva cannot start from this data: {reason}") from None
 
 
+@torch.no_grad()
 def _start_from_rounding(model: Any, base: LoadedBase) -> None:
-    """LoftQ: the adapter begins as the best update of what NF4 rounded away (arXiv:2310.08659)."""
-    from peft import replace_lora_weights_loftq
+    """LoftQ: the adapter begins as the best update of what NF4 rounded away (arXiv:2310.08659).
 
-    files = sorted(base.source.path.glob("*.safetensors"))
-    if len(files) != 1:
+    PEFT's own function takes a GPU for it, knows only one file of weights, and leaves the scaling
+    of the update out of account.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    prefix = "base_model.model."
+    layers = {
+        name.removeprefix(prefix): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    left = set(layers)
+    for file in weight_files(base.source):
+        with safe_open(file, framework="pt") as stream:
+            names = {f"{name}.weight": name for name in left}
+            for stored in sorted(names.keys() & set(stream.keys())):
+                layer: Any = layers[names[stored]]
+                rounded = dequantize_module_weight(layer.get_base_layer()).float()
+                lost = stream.get_tensor(stored).to(rounded.device).float() - rounded
+                u, sizes, v = torch.linalg.svd(lost, full_matrices=False)
+                rank = layer.r["default"]
+                roots = sizes[:rank].sqrt()
+                layer.lora_A["default"].weight.data = roots[:, None] * v[:rank]
+                layer.lora_B["default"].weight.data = u[:, :rank] * roots / layer.scaling["default"]
+                left.discard(names[stored])
+    if left:
         raise ConfigError(
-            f"init: loftq reads the unquantized weights from one file, and {base.source.path} has "
-            f"{len(files)}; use another init"
+            f"init: loftq finds no unquantized weights of {sorted(left)[0]} in the base's files; "
+            "use another init"
         )
-    try:
-        replace_lora_weights_loftq(model, model_path=str(files[0]))
-    except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"init: loftq cannot start from this base: {reason}") from None
-    # PEFT fits B A itself to what was rounded away, while the model adds scaling * B A.
-    for module in model.modules():
-        if "default" in getattr(module, "lora_B", {}):
-            module.lora_B["default"].weight.data /= module.scaling["default"]
 
 
 def _keep_start(model: Any) -> None:
@@ -288,6 +308,13 @@ def _check_names(
 def _linear_paths(model: Any) -> list[str]:
     # Quantized layers have classes of their own, all called something with Linear.
     return [name for name, module in model.named_modules() if "Linear" in type(module).__name__]
+
+
+def _all_linear(model: Any) -> tuple[str, ...]:
+    """The names of all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    paths = [path for path in _linear_paths(model) if model.get_submodule(path) is not head]
+    return tuple(sorted({path.rpartition(".")[2] for path in paths}))
 
 
 def _shown(targets: str | tuple[str, ...]) -> str:

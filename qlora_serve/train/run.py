@@ -118,8 +118,9 @@ def _train(settings: TrainSettings, inputs: _Inputs, report: Report) -> TrainRes
     from transformers import set_seed
 
     from qlora_serve.base.load import load_base, resolve
+    from qlora_serve.train.arguments import training_arguments
     from qlora_serve.train.model import build_model
-    from qlora_serve.train.trainer import train_model, training_arguments
+    from qlora_serve.train.trainer import train_model
 
     device = _device(settings)
     torch_device, dtype = resolve(device, settings.dtype)

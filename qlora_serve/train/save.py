@@ -1,6 +1,7 @@
 """What is trained, gathered from wherever it lies, to disk and back."""
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,12 +164,12 @@ def save_model(model: Any, folder: Path, tensors: dict[str, torch.Tensor], dtype
     if not is_main():
         return
     wanted = getattr(torch, dtype)
-    config_dtype, model.config.dtype = model.config.dtype, wanted
-    try:
-        state = {name: tensor.to(wanted) for name, tensor in tensors.items()}
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    finally:
-        model.config.dtype = config_dtype
+    state = {name: tensor.to(wanted) for name, tensor in tensors.items()}
+    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    # transformers writes the dtype of the weights in memory, which are float32.
+    config = folder / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) | {"dtype": dtype}
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model_tensors(model: Any, folder: Path) -> None:

@@ -318,11 +318,6 @@ class OurTrainer(Trainer):
             self._save_rng_state(str(staging))
         if not is_main():
             return
-        # Callbacks that count, such as the one that stops early, go on from where they were.
-        self.state.stateful_callbacks = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if hasattr(callback, "state") and callable(callback.state):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(staging / STATE_FILE))
         self.log_.write(staging)
         (staging / RUN_FILE).write_text(
@@ -454,86 +449,21 @@ class _Watcher(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
     ) -> None:
-        """Takes samples, and keeps a checkpoint of what may be published as the best."""
+        """Takes samples, keeps what may be published, and stops where nothing is gained."""
         self._trainer.take_samples()
         best = self._trainer.log_.best
         if self._trainer.settings.load_best and best and best.step == state.global_step:
             control.should_save = True
+        patience = self._trainer.settings.early_stopping
+        if patience and best and _evaluations_since(best, self._trainer.log_) >= patience:
+            control.should_training_stop = True
         self._since = time.monotonic()
+
+
+def _evaluations_since(best: Evaluation, log: TrainingLog) -> int:
+    return sum(item.step > best.step for item in log.evaluations)
 
 
 def _remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def training_arguments(settings: TrainSettings, device: Any, dtype: str) -> TrainingArguments:
-    """Our settings in the words of transformers; with several processes, this joins them.
-
-    Args:
-        settings: of the run.
-        device: the torch device to train on.
-        dtype: what the base computes in.
-    """
-    from qlora_serve.train.optimizer import transformers_name
-    from qlora_serve.train.zero import deepspeed_config
-
-    on_gpu = device.type == "cuda"
-    lowered = on_gpu or (settings.method == "full")
-    arguments = TrainingArguments(
-        output_dir=str(settings.checkpoints),
-        per_device_train_batch_size=settings.micro_batch,
-        per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.accumulation,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        optim=transformers_name(settings, on_gpu),
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        # Float32 parameters that are trained compute in the base's dtype.
-        bf16=lowered and dtype == "bfloat16",
-        fp16=lowered and dtype == "float16",
-        use_cpu=not on_gpu,
-        ddp_backend=None if on_gpu or world_size() == 1 else "gloo",
-        ddp_find_unused_parameters=False,
-        deepspeed=deepspeed_config(settings) if settings.deepspeed else None,
-        seed=settings.seed,
-        eval_strategy="steps" if settings.eval_every else "no",
-        eval_steps=settings.eval_every,
-        metric_for_best_model="loss",
-        greater_is_better=False,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or 500,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        log_level="error",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        use_liger_kernel=settings.liger,
-        # Our loss takes the logits at the trained positions from the model itself.
-        liger_kernel_config={"fused_linear_cross_entropy": False} if settings.liger else None,
-    )
-    # More GPUs take more processes: transformers' one-process way splits batches under our hook.
-    device = arguments.device
-    if settings.deepspeed:
-        _join_deepspeed(device.type == "cuda")
-    arguments._n_gpu = min(arguments._n_gpu, 1)
-    return arguments
-
-
-def _join_deepspeed(on_gpu: bool) -> None:
-    """Tells DeepSpeed of the processes that torch has joined; else it splits weights for one."""
-    import deepspeed
-
-    if not on_gpu:
-        # On a CPU it would compile an operator of its own for exchanges, for minutes; gloo's do.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
-    )

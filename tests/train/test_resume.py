@@ -181,13 +181,13 @@ def test_a_changed_run_is_refused_by_name(
         train(changed, lambda _: None)
     other_data = write_chats(tmp_path / "other.jsonl", SOME_CHATS[:12])
     with pytest.raises(TrainError, match="the data changed"):
-        train(settings.model_copy(update=again | {"data": other_data}), lambda _: None)
+        train(settings.model_copy(update=again | {"data": (str(other_data),)}), lambda _: None)
     other_base = write_tiny_model(tmp_path / "other", seed=5)
     with pytest.raises(TrainError, match="the base's weights changed"):
         train(settings.model_copy(update=again | {"base": str(other_base)}), lambda _: None)
     # Where things are and how often they are saved may change.
     moved = shutil.copy(data, tmp_path / "moved.jsonl")
-    free = {"data": Path(moved), "save_every": 5, "keep": 1}
+    free = {"data": (str(moved),), "save_every": 5, "keep": 1}
     train(settings.model_copy(update=again | free), lambda _: None)
 
 
