@@ -121,7 +121,7 @@ def test_two_processes_make_the_adapter_of_one(
 def test_two_processes_go_on_exactly(
     base: Path, data: Path, tmp_path: Path, deepspeed: str | None
 ) -> None:
-    more = {"processes": 2, "deepspeed": deepspeed, "dropout": 0.2, "max_steps": 7}
+    more = {"processes": 2, "deepspeed": deepspeed, "dropout": 0.2, "max_steps": 30}
     whole = _settings(base, data, tmp_path / "whole", **more)
     assert _run(whole).returncode == 0
     settings = _settings(base, data, tmp_path / "out", save_every=1, keep=100, **more)
@@ -132,8 +132,12 @@ def test_two_processes_go_on_exactly(
     for line in process.stderr:
         if line.startswith("training"):
             break
-    while process.poll() is None and len(find_checkpoints(settings.checkpoints)) < 2:
-        pass
+    while len(find_checkpoints(settings.checkpoints)) < 2:
+        try:
+            process.wait(timeout=0.02)
+            break
+        except subprocess.TimeoutExpired:
+            continue
     process.kill()  # its workers die with it
     process.stderr.read()
     process.wait()
