@@ -45,24 +45,34 @@ def _loss(model: Any, tokens: torch.Tensor) -> float:
     return float(model.eval()(input_ids=tokens, labels=tokens).loss)
 
 
-METHODS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"use_rslora": True}, {"use_rslora": True, "r": 4}),
+METHODS: list[Any] = [
+    pytest.param(*({"use_rslora": True}, {"use_rslora": True, "r": 4}), marks=pytest.mark.slow),
     ({"use_dora": True}, {"use_dora": True}),
     ({"init": "pissa"}, {"r": 8, "lora_alpha": 16, "init_lora_weights": True}),
-    ({"init": "olora", "use_rslora": True}, {"r": 8, "use_rslora": True}),
+    pytest.param(
+        *({"init": "olora", "use_rslora": True}, {"r": 8, "use_rslora": True}),
+        marks=pytest.mark.slow,
+    ),
     ({"init": "eva"}, {"init_lora_weights": "eva"}),
     (
         {"rank_pattern": ["q_proj=2", "down_proj=8"], "alpha_pattern": {"q_proj": 1}},
         {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 1}},
     ),
     ({"bias": "all"}, {"bias": "all"}),
-    ({"bias": "lora_only", "target_modules": "q_proj"}, {"bias": "lora_only"}),
-    ({"layers_to_transform": [1]}, {"layers_to_transform": [1]}),
-    ({"modules_to_save": ["norm"]}, {"modules_to_save": ["norm"]}),
+    pytest.param(
+        *({"bias": "lora_only", "target_modules": "q_proj"}, {"bias": "lora_only"}),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        *({"layers_to_transform": [1]}, {"layers_to_transform": [1]}), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        *({"modules_to_save": ["norm"]}, {"modules_to_save": ["norm"]}), marks=pytest.mark.slow
+    ),
     ({"trainable_tokens": ["<|im_end|>", "<|im_start|>"]}, {"trainable_token_indices": [1, 2]}),
     ({"loraplus_ratio": 8, "optimizer": "adamw-8bit"}, {}),
-    ({"optimizer": "adafactor"}, {}),
-    ({"optimizer": "lion-8bit", "learning_rate": 1e-3}, {}),
+    pytest.param(*({"optimizer": "adafactor"}, {}), marks=pytest.mark.slow),
+    pytest.param(*({"optimizer": "lion-8bit", "learning_rate": 1e-3}, {}), marks=pytest.mark.slow),
 ]
 
 
@@ -129,7 +139,7 @@ def test_double_quantization_is_a_choice(
     assert result.manifest.recipe["double_quantization"] is double
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_full_fine_tuning_writes_a_model(
     base: Path, data: Path, tmp_path: Path, dtype: str
 ) -> None:

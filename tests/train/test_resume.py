@@ -127,7 +127,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("method", ["compute_loss", "_save_rng_state"])
+@pytest.mark.parametrize("method", [pytest.param("compute_loss", marks=_LONG), "_save_rng_state"])
 def test_a_killed_run_goes_on(base: Path, data: Path, tmp_path: Path, method: str) -> None:
     settings = _settings(base, data, tmp_path / "out", save_every=2)
     config = tmp_path / "recipe.json"
