@@ -1,5 +1,8 @@
 """`qlora-serve train`."""
 
+import sys
+from contextlib import redirect_stdout
+
 import typer
 
 from qlora_serve.cli.options import flags_from
@@ -56,7 +59,9 @@ def train(settings: TrainSettings) -> None:
     def report(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
-    result = run(settings, report)
+    # Libraries greet on stdout, which belongs to the result.
+    with redirect_stdout(sys.stderr):
+        result = run(settings, report)
     typer.echo(result.path)
 
 
