@@ -185,8 +185,7 @@ def _print_tokens(report: "DataReport", console: "Console") -> None:
     rows = report.counts.rows + report.counts.dropped_rows
     stops = " or ".join(ends.stop_tokens)
     console.print(
-        f"end token: {stops}; it counts in the loss in {rows - len(ends.rows_without)} of {rows} "
-        "rows",
+        f"end token: {stops}; it counts in the loss in {ends.rows_with} of {rows} rows",
         markup=False,
     )
     if ends.pad_is_stop:

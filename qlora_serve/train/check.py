@@ -36,6 +36,8 @@ class EndTokens:
 
     stop_tokens: list[str]
     """The tokens at which an answer ends."""
+    rows_with: int
+    """Rows in which one of them counts in the loss."""
     rows_without: list[str]
     """Where the rows are in which no such token counts in the loss although nothing was cut."""
     pad_token: str | None
@@ -157,14 +159,18 @@ def find_ends(
 ) -> EndTokens:
     """How the rows end."""
     pad = tokenizer.pad_token_id
-    without = []
+    without: list[str] = []
+    found = 0
     for row, origin in zip(tokens.rows, tokens.origins, strict=True):
         pairs = zip(row.input_ids, row.trained, strict=True)
         trained = {token for token, counts in pairs if counts}
-        if not row.truncated_tokens and not trained & set(stop_ids):
+        if trained & set(stop_ids):
+            found += 1
+        elif not row.truncated_tokens:
             without.append(chats[origin].where)
     return EndTokens(
         stop_tokens=[str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(stop_ids)],
+        rows_with=found,
         rows_without=without,
         pad_token=tokenizer.pad_token,
         pad_is_stop=pad in stop_ids,
