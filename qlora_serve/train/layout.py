@@ -86,9 +86,7 @@ class Layout:
                 raise ConfigError("packing: not with ZeRO-3; train without it, or use zero2")
             return "padded"
         if model.device.type == "cpu":
-            attention = RowAttention(model)
-            if _rows_stay_apart(model, attention):
-                self._attention = attention
+            if self._try_rows(model):
                 return "flat"
         elif _takes_flash_attention(model) and _rows_stay_apart(model, None):
             return "flat"
@@ -100,6 +98,13 @@ class Layout:
             f"packing: rows in one line would see each other in this model ({_type(model)}); train "
             "without packing"
         )
+
+    def _try_rows(self, model: Any) -> bool:
+        attention = RowAttention(model)
+        if not _rows_stay_apart(model, attention):
+            return False
+        self._attention = attention
+        return True
 
     def _find_form(self, model: Any) -> HeadForm | None:
         weight = getattr(self._head, "weight", None)

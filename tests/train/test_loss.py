@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 from qlora_serve.base.tokenizer import stop_token_ids
 from qlora_serve.train import loss as loss_module
 from qlora_serve.train.batches import LengthGroupedSampler, pad_rows
-from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.dataset import IGNORED, RowDataset
+from qlora_serve.train.layout import Layout
 from qlora_serve.train.loss import summed_cross_entropy, trained_positions_loss
 from qlora_serve.train.masks import TokenizedRow, tokenize_row
-from qlora_serve.train.trainer import LoraTrainer, training_arguments
 from tests.tiny_models import CHATML, write_random_adapter, write_tiny_model
 from tests.train.chats import SOME_CHATS, tokenizer_with
 
@@ -55,11 +54,10 @@ def test_loss_and_gradients_equal_transformers_own(tmp_path: Path, kind: str) ->
         theirs += float(loss.detach())
     expected = _gradients(model)
 
-    settings = TrainSettings(base="b", data=Path("d"), output=tmp_path / "out", device="cpu")
-    trainer = LoraTrainer(model, training_arguments(settings, model), dataset, settings)
+    layout = Layout(model, packing=False)
     ours = 0.0
     for batch in micro_batches:
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(tokens))
+        loss = layout.loss(model, batch) / tokens
         loss.backward()
         ours += float(loss.detach())
 
