@@ -34,7 +34,7 @@ class DataSettings(Settings):
     """Fill each line of a micro-batch up to max_length with whole rows, which cannot see each
     other."""
     group_by_length: bool = True
-    """Put rows of like length into one micro-batch."""
+    """Put rows of like length into one micro-batch, where micro-batches are padded."""
     tokenization: Literal["eager", "lazy"] = "eager"
     """`eager` tokenizes all rows first and remembers the result by its content; `lazy` tokenizes
     each row when its turn comes."""

@@ -26,8 +26,9 @@ from qlora_serve.train.dataset import IGNORED
 
 # Above this many rows the softmax is recomputed in the backward pass, a chunk at a time.
 _CHUNK_ROWS = 1024
-# The logits of one chunk, in bytes of float32: small enough to stay near the processor's caches.
-_CHUNK_BYTES = 32 * 2**20
+# The logits of one chunk, in bytes of float32: near the processor's caches, and below the size from
+# which the C library asks the system for new pages each time (32 MiB).
+_CHUNK_BYTES = 16 * 2**20
 _PROBE_LENGTH = 8
 
 

@@ -272,11 +272,13 @@ class OurTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         settings = self.settings
+        # Without padding there is nothing to save, and mixed batches train better than sorted ones.
+        group = settings.group_by_length and self.layout.kind == "padded"
         self.row_order = LengthGroupedSampler(
             (train_dataset or self.train_dataset).lengths,
             settings.micro_batch,
             settings.seed,
-            settings.group_by_length,
+            group,
         )
         return self.row_order
 
