@@ -9,6 +9,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from qlora_serve.adapters.manifest import MANIFEST_FILE
@@ -166,3 +167,22 @@ def _plain_signature(folder: Path, path: Path) -> str | None:
         parts.append(f"{status.st_ino}.{status.st_size}.{status.st_mtime_ns}")
     # The directory's own time shows what was added or renamed in it, shards for instance.
     return "-".join([*parts, str(path.lstat().st_mtime_ns)])
+
+
+def named_paths(value: Any) -> Any:
+    """Adapters given as `NAME=DIR`, once or several times, as a mapping; a mapping stays as it is.
+
+    Raises:
+        ValueError: an item is no pair, or a name is given twice.
+    """
+    if isinstance(value, dict):
+        return value
+    pairs: dict[str, str] = {}
+    for item in [value] if isinstance(value, str) else value:
+        name, equals, path = str(item).partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"expected NAME=DIR, such as tagging=adapters/tagging, not {item!r}")
+        if name in pairs:
+            raise ValueError(f"the adapter name {name!r} is given twice")
+        pairs[name] = path
+    return pairs

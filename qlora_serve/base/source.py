@@ -79,8 +79,12 @@ class BaseSource:
         return self.path.name if Path(self.name).exists() else self.name
 
 
-def locate_base(name: str) -> BaseSource:
+def locate_base(name: str, weights: bool = True) -> BaseSource:
     """Finds a base model by directory, prepared name or hub id.
+
+    Args:
+        name: which.
+        weights: whether they are wanted too; without them a hub gives config.json alone.
 
     Raises:
         BaseModelError: nothing usable is there; the message says what was tried.
@@ -100,7 +104,8 @@ def locate_base(name: str) -> BaseSource:
             f"{name} is a file; expected the directory of a model, with its config.json"
         )
     if _looks_like_hub_id(name):
-        return _checked(BaseSource(name, _download(name)))
+        files = _HUB_FILES if weights else ["config.json"]
+        return _checked(BaseSource(name, _download(name, files)))
     raise BaseModelError(
         f"no base model at {name!r}: no such directory, and not a hub id like 'org/model' "
         f"(prepared names: {', '.join(PREPARED_NAMES)})"
@@ -112,12 +117,12 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/"))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BaseModelError(

@@ -17,6 +17,9 @@ from qlora_serve.errors import QloraServeError, UsageError
 _COMMANDS = {
     "train": "Train a LoRA adapter on a base model.",
     "serve": "Serve one base model with many adapters.",
+    "plan": "What training and serving will need, before any weight is loaded.",
+    "eval": "Compare base and adapters on held-out rows.",
+    "sweep": "Train several adapters over a grid of settings, and compare them.",
     "merge": "Bake an adapter into its unquantized base, and prove the result.",
     "adapters": "Keep, show, check and convert adapters.",
     "compare": "Ask base and adapters the same question, side by side.",

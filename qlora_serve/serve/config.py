@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from qlora_serve.adapters.folder import named_paths
 from qlora_serve.settings import Settings, parse_bytes
 
 
@@ -61,19 +62,7 @@ class ServeSettings(Settings):
     @field_validator("adapter", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return value
-        pairs: dict[str, str] = {}
-        for item in [value] if isinstance(value, str) else value:
-            name, equals, path = str(item).partition("=")
-            if not (name and equals and path):
-                raise ValueError(
-                    f"expected NAME=DIR, such as tagging=adapters/tagging, not {item!r}"
-                )
-            if name in pairs:
-                raise ValueError(f"the adapter name {name!r} is given twice")
-            pairs[name] = path
-        return pairs
+        return named_paths(value)
 
     @field_validator("pin", "adapter_root", mode="before")
     @classmethod

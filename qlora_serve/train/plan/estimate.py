@@ -1,0 +1,317 @@
+"""A plan: parameters, memory for training and serving, what fits which card, what to change."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from qlora_serve.base.load import LoadedBase
+from qlora_serve.base.skeleton import build_skeleton
+from qlora_serve.base.source import BaseSource, locate_base
+from qlora_serve.errors import ConfigError
+from qlora_serve.train.plan.config import PlanSettings
+from qlora_serve.train.plan.weights import (
+    BYTES,
+    Scheme,
+    base_bytes,
+    by_component,
+    scheme,
+    state_bytes,
+)
+
+_DEFAULT_LENGTH = 1024
+_GRADIENT_BYTES = 4
+_ZERO_BUCKET = 500_000_000  # elements; DeepSpeed's default reduce_bucket_size
+# As `serve` computes them in one step, on a CPU and on a GPU.
+_STEP_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+class Frozen(BaseModel):
+    """A part of a plan; all memory is in bytes."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class TrainingMemory(Frozen):
+    """The peak of training in one process, and what it is made of."""
+
+    weights: int
+    """The frozen base (or the model that is trained whole)."""
+    adapter: int
+    """What is trained, in float32."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the backward pass needs, logits and passing tensors, at the fullest moment."""
+    communication: int = 0
+    """Buckets and gathered layers of several processes."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.model_dump().values())
+
+
+class StageMemory(Frozen):
+    """Training on several processes."""
+
+    stage: str
+    """`single`, `ddp`, `zero1`, `zero2` or `zero3`."""
+    processes: int
+    memory: TrainingMemory
+    """Of one process."""
+    note: str = ""
+
+
+class ServingMemory(Frozen):
+    """The peak of serving."""
+
+    weights: int
+    adapters: int
+    kv_cache: int
+    """Of all requests at their full length."""
+    step: int
+    """Passing tensors of one step."""
+    kv_bytes_per_token: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.kv_cache + self.step
+
+
+class Parameters(Frozen):
+    """How many numbers there are."""
+
+    total: int
+    """Base and adapter together."""
+    trainable: int
+    by_component: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Trainable of all, in per cent."""
+        return 100 * self.trainable / self.total
+
+
+class Plan(Frozen):
+    """What `plan` found."""
+
+    base: str
+    model_type: str
+    quantization: str
+    dtype: str
+    device: str
+    micro_batch: int
+    max_length: int
+    gradient_checkpointing: bool
+    parameters: Parameters
+    training: TrainingMemory
+    stages: list[StageMemory]
+    serving: ServingMemory
+    context: int
+    max_sequences: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The part of a recipe that a plan may advise to change."""
+
+    micro_batch: int
+    length: int
+    checkpointing: bool
+    how: Scheme
+
+
+class Planner:
+    """A model without weights, and what a recipe makes of it."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        from qlora_serve.train.model import add_lora
+
+        self.settings = settings
+        self.source = locate_base(settings.base, weights=False)
+        self.how = scheme(self.source, settings.quantization, settings.double_quantization)
+        self.device = "cpu" if settings.device == "cpu" else "cuda"
+        self.dtype = _dtype(settings.dtype, self.device)
+        skeleton = build_skeleton(self.source)
+        self._weights = {
+            (how, trains): base_bytes(skeleton, how, self.dtype, trains)
+            for how in {self.how, Scheme("nf4")}
+            for trains in (True, False)
+        }
+        base = LoadedBase(self.source, skeleton, None, "none", self.dtype)
+        self.model: Any = add_lora(base, settings, settings.base)
+        self.parameters = _count(self.model)
+        self._traced: dict[Variant, int] = {}
+
+    @property
+    def given(self) -> Variant:
+        """The recipe as it is."""
+        chosen = self.settings
+        length = _length(chosen, self.source)
+        return Variant(chosen.micro_batch, length, chosen.gradient_checkpointing, self.how)
+
+    def training(self, variant: Variant) -> TrainingMemory:
+        """The peak of training in a single process."""
+        trained = self.parameters.trainable
+        peak = self._peak(variant)
+        gradients = trained * _GRADIENT_BYTES
+        return TrainingMemory(
+            weights=self._weights[variant.how, True],
+            adapter=trained * 4,
+            gradients=gradients,
+            optimizer=self._optimizer_bytes,
+            # Where the peak comes before the gradients are there, they take no memory of their own.
+            activations=max(0, peak - gradients),
+        )
+
+    @property
+    def _optimizer_bytes(self) -> int:
+        kind = str(getattr(self.settings, "optimizer", "adamw"))
+        return sum(
+            state_bytes(kind, tuple(parameter.shape))
+            for parameter in self.model.parameters()
+            if parameter.requires_grad
+        )
+
+    def _peak(self, variant: Variant) -> int:
+        from qlora_serve.train.plan.trace import Step, plain_model, training_peak
+
+        if variant not in self._traced:
+            model = plain_model(self.model)
+            if variant.checkpointing:
+                options = {"use_reentrant": False}
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+                model.enable_input_require_grads()
+            else:
+                model.gradient_checkpointing_disable()
+            positions = variant.micro_batch * (variant.length - 1)
+            step = Step(
+                rows=variant.micro_batch,
+                length=variant.length,
+                logits=max(1, math.ceil(self.settings.trained_share * positions)),
+                dtype=self.dtype,
+                autocast=self.device == "cuda" and self.dtype != "float32",
+                keeps_gradients=self.settings.accumulation > 1,
+            )
+            self._traced[variant] = training_peak(self.model, step, variant.how)
+        return self._traced[variant]
+
+    def stages(self, memory: TrainingMemory) -> list[StageMemory]:
+        """The same training under DDP and each ZeRO stage (arXiv:1910.02054)."""
+        count = self.settings.processes
+        if count == 1:
+            return [StageMemory(stage="single", processes=1, memory=memory)]
+        bucket = min(memory.gradients, _ZERO_BUCKET * _GRADIENT_BYTES)
+        ddp = {"communication": memory.gradients}
+        zero1 = {"communication": bucket, "optimizer": memory.optimizer // count}
+        zero2 = zero1 | {"gradients": memory.gradients // count}
+        zero3 = zero2 | {
+            "weights": memory.weights // count,
+            "adapter": memory.adapter // count,
+            "communication": bucket + self._gathered(memory.weights),
+        }
+        refused = "refused: a quantized base cannot be split" if self.how.kind != "none" else ""
+        return [
+            StageMemory(
+                stage=name, processes=count, memory=memory.model_copy(update=changes), note=note
+            )
+            for name, changes, note in (
+                ("ddp", ddp, ""), ("zero1", zero1, ""), ("zero2", zero2, ""),
+                ("zero3", zero3, refused),
+            )
+        ]  # fmt: skip
+
+    def _gathered(self, weights: int) -> int:
+        """What ZeRO-3 holds whole at a time: a layer, the next one, and the embedding."""
+        config = self.source.config
+        layers = int(config.get("num_hidden_layers", 1))
+        embeddings = self.parameters.by_component.get("embeddings", 0) * BYTES[self.dtype]
+        return 2 * weights // max(1, layers) + embeddings
+
+    def serving(self) -> ServingMemory:
+        """The peak of serving base and adapters."""
+        from qlora_serve.train.plan.trace import Step, plain_model, serving_peak
+
+        chosen, config = self.settings, plain_model(self.model).config.get_text_config()
+        context = self.context
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        per_token = 2 * config.num_hidden_layers * heads * width * BYTES[self.dtype]
+        tokens = min(_STEP_TOKENS[self.device], context * chosen.max_sequences)
+        step = Step(1, tokens, chosen.max_sequences, self.dtype)
+        return ServingMemory(
+            weights=self._weights[self.how, False],
+            adapters=chosen.adapters * self.parameters.trainable * BYTES[self.dtype],
+            kv_cache=per_token * context * chosen.max_sequences,
+            step=serving_peak(self.model, step, self.how),
+            kv_bytes_per_token=per_token,
+        )
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request."""
+        return self.settings.context or self.given.length
+
+
+def plan(planner: Planner) -> Plan:
+    """The plan of a recipe.
+
+    Raises:
+        BaseModelError: the architecture is not known, or cannot be run without its weights.
+        ConfigError: a setting does not fit the base.
+    """
+    given = planner.given
+    memory = planner.training(given)
+    return Plan(
+        base=planner.settings.base,
+        model_type=planner.source.model_type,
+        quantization=planner.how.kind,
+        dtype=planner.dtype,
+        device=planner.device,
+        micro_batch=given.micro_batch,
+        max_length=given.length,
+        gradient_checkpointing=given.checkpointing,
+        parameters=planner.parameters,
+        training=memory,
+        stages=planner.stages(memory),
+        serving=planner.serving(),
+        context=planner.context,
+        max_sequences=planner.settings.max_sequences,
+    )
+
+
+def _count(model: Any) -> Parameters:
+    parameters = list(model.parameters())
+    return Parameters(
+        total=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        by_component=by_component(model),
+    )
+
+
+def _dtype(chosen: str, device: str) -> str:
+    if chosen != "auto":
+        if chosen == "float16" and device == "cpu":
+            raise ConfigError(
+                "dtype: float16 gradients vanish on a CPU; use float32 or bfloat16, or a GPU"
+            )
+        return chosen
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def _length(settings: PlanSettings, source: BaseSource) -> int:
+    context = source.config.get("max_position_embeddings")
+    limit = context if isinstance(context, int) else None
+    if settings.max_length is None:
+        return min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
+    if limit is not None and settings.max_length > limit:
+        raise ConfigError(
+            f"max_length: {settings.max_length} is more than the {limit} tokens that "
+            f"{settings.base} can take"
+        )
+    return settings.max_length
