@@ -2,9 +2,9 @@
 
     python benchmarks/plan_memory.py --base smollm2
 
-Each case trains (or serves) in a process of its own. Its peak is what resident memory rises to above
-what it is after all imports; the kernel's own high-water mark is read, so that nothing is missed
-between samples. Linux only.
+Each case trains (or serves) in a process of its own. Its peak is what resident memory rises to
+above what it is after all imports; the kernel's own high-water mark is read, so that nothing is
+missed between samples. Linux only.
 
 A plan counts tensors. glibc's heap keeps freed blocks below 32 MiB and gets gaps, so the processes
 run with MALLOC_MMAP_THRESHOLD_ set, which gives each block back when it is freed; `--heap` measures

@@ -31,7 +31,7 @@ _PANELS = {
         "sample_tokens",
     ],
     "Processes": ["processes", "deepspeed", "nodes", "node_rank", "rendezvous"],
-    "Run": ["save_every", "keep", "resume", "seed"],
+    "Run": ["save_every", "keep", "resume", "track", "seed"],
 }  # fmt: skip
 
 

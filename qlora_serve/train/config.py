@@ -133,6 +133,9 @@ class TrainSettings(DataSettings):
     deepspeed: str | None = Field(None, json_schema_extra={"metavar": "zero2|zero3|FILE"})
     """Split the training's memory over processes: zero2, zero3, zero2-offload, zero3-offload, or a
     DeepSpeed config file."""
+    track: tuple[Literal["tensorboard", "swanlab", "wandb", "mlflow", "trackio"], ...] = ()
+    """Also report to this tracker: tensorboard, swanlab, wandb, mlflow or trackio; may be given
+    again. One that fails does not stop the run."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the adapter's first weights, the order of rows and dropout."""
 

@@ -51,6 +51,8 @@ class EvalSettings(Settings):
     """Of these."""
     output: Path | None = None
     """Write every row's answers and scores into this file, as JSON Lines."""
+    update_reports: bool = False
+    """Put the result into the report.html of each adapter that this tool trained."""
     as_json: bool = Field(default=False, alias="json")
     """Print the result as JSON."""
 

@@ -107,13 +107,30 @@ def evaluate(settings: EvalSettings, report: Report) -> Evaluation:
             results[name] = _measure(name, base, model, rows, scorer, settings, stops)
     if settings.output is not None:
         _write_rows(settings.output, rows, results)
-    return Evaluation(
+    found = Evaluation(
         base=settings.base,
         data=str(settings.data),
         rows=len(rows),
         confidence=settings.confidence,
         systems=_compare(results, settings),
     )
+    if settings.update_reports:
+        _update_reports(adapters, found, report)
+    return found
+
+
+def _update_reports(adapters: dict[str, AdapterFiles], found: Evaluation, report: Report) -> None:
+    from qlora_serve.train.report.page import EVALUATION_FILE, write_report
+
+    for name, adapter in adapters.items():
+        if adapter.manifest is None:
+            report(f"note: {name} was not trained by this tool and has no report to update")
+            continue
+        of_this = {key: value for key, value in found.systems.items() if key in (BASE, name)}
+        content = found.model_copy(update={"systems": of_this}).model_dump_json(indent=2)
+        with disk_errors(adapter.path):
+            (adapter.path / EVALUATION_FILE).write_text(content + "\n", encoding="utf-8")
+            write_report(adapter.path)
 
 
 def _adapters(settings: EvalSettings) -> dict[str, AdapterFiles]:
@@ -214,7 +231,7 @@ def _adapted(model: Any, path: Path) -> Iterator[Any]:
 
     from peft import PeftModel
 
-    before = {name: module for name, module in model.named_modules()}
+    before = dict(model.named_modules())
     biases = {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()

@@ -10,8 +10,8 @@ from qlora_serve.train.config import TrainSettings
 class PlanSettings(TrainSettings):
     """Every key of a training recipe, and a few more.
 
-    Keys that move no memory (the learning rate, the data) are taken and checked as training does, so
-    that a recipe can be planned as it is.
+    Keys that move no memory (the learning rate, the data) are taken and checked as training does,
+    so that a recipe can be planned as it is.
     """
 
     # A plan needs neither; both stay, so that a recipe's file fits.
@@ -21,12 +21,12 @@ class PlanSettings(TrainSettings):
     """The adapter directory; not touched by a plan."""
 
     trained_share: float = Field(1.0, gt=0, le=1)
-    """The share of tokens that count in the loss; 1 is the worst case. Logits, the largest tensor of
-    a step with a large vocabulary, exist only for these."""
+    """The share of tokens that count in the loss; 1 is the worst case. Logits, the largest tensor
+    of a step with a large vocabulary, exist only for these."""
     processes: int = Field(1, ge=1)
     """Processes, one a GPU, over which ZeRO spreads what it can."""
     context: int | None = Field(None, ge=1)
-    """For serving: tokens of prompt and answer of one request; the training length when left out."""
+    """For serving: tokens of prompt and answer of one request; by default the training length."""
     max_sequences: int = Field(8, ge=1)
     """For serving: requests that run at the same time."""
     adapters: int = Field(1, ge=0)

@@ -16,6 +16,7 @@ from qlora_serve.train.plan.weights import (
     Scheme,
     base_bytes,
     by_component,
+    mapped_bytes,
     scheme,
     state_bytes,
 )
@@ -46,6 +47,8 @@ class TrainingMemory(Frozen):
     """What the backward pass needs, logits and passing tensors, at the fullest moment."""
     communication: int = 0
     """Buckets and gathered layers of several processes."""
+    mapped: int = 0
+    """On a CPU, pages of weight files that stay mapped; the system can take them back."""
 
     @property
     def total(self) -> int:
@@ -74,11 +77,13 @@ class ServingMemory(Frozen):
     step: int
     """Passing tensors of one step."""
     kv_bytes_per_token: int
+    mapped: int = 0
+    """On a CPU, pages of weight files that stay mapped; the system can take them back."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.kv_cache + self.step
+        return self.weights + self.adapters + self.kv_cache + self.step + self.mapped
 
 
 class Parameters(Frozen):
@@ -141,6 +146,14 @@ class Planner:
             for how in {self.how, Scheme("nf4")}
             for trains in (True, False)
         }
+        on_cpu = self.device == "cpu"
+        self._mapped = {
+            trains: mapped_bytes(
+                self.source, skeleton, self.how, "float32" if trains else self.dtype
+            )
+            * on_cpu
+            for trains in (True, False)
+        }
         base = LoadedBase(self.source, skeleton, None, "none", self.dtype)
         self.model: Any = add_lora(base, settings, settings.base)
         self.parameters = _count(self.model)
@@ -165,6 +178,7 @@ class Planner:
             optimizer=self._optimizer_bytes,
             # Where the peak comes before the gradients are there, they take no memory of their own.
             activations=max(0, peak - gradients),
+            mapped=self._mapped[True] if variant.how == self.how else 0,
         )
 
     @property
@@ -250,6 +264,7 @@ class Planner:
             kv_cache=per_token * context * chosen.max_sequences,
             step=serving_peak(self.model, step, self.how),
             kv_bytes_per_token=per_token,
+            mapped=self._mapped[False],
         )
 
     @property

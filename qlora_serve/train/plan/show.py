@@ -9,7 +9,7 @@ _BAR = 46
 _COLOURS = {
     "weights": "blue", "adapter": "cyan", "gradients": "magenta", "optimizer": "yellow",
     "activations": "green", "communication": "red", "adapters": "cyan", "kv cache": "yellow",
-    "step": "green",
+    "step": "green", "mapped": "bright_black",
 }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def show(console: Any, plan: Plan, cards: list[CardFit]) -> None:
             "adapters": serving.adapters,
             "kv cache": serving.kv_cache,
             "step": serving.step,
+            "mapped": serving.mapped,
         },
     )
     if plan.device != "cpu":
@@ -101,7 +102,7 @@ def _stages(plan: Plan) -> Any:
     processes = plan.stages[0].processes
     title = f"\nEach of {processes} processes, GiB"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    parts = list(plan.training.model_dump())
+    parts = [name for name in plan.training.model_dump() if name != "mapped"]
     for column in ("stage", *parts, "total"):
         justify: Any = "left" if column == "stage" else "right"
         table.add_column(column, justify=justify, no_wrap=True)
