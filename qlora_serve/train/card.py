@@ -16,15 +16,19 @@ def model_card(name: str, manifest: Manifest, parameters: dict[str, Any] | None 
     from huggingface_hub import ModelCardData
 
     base = manifest.base.unquantized or manifest.base.name
-    tags = [f"base_model:adapter:{base}", "lora", "transformers", "qlora-serve"]
+    whole = is_whole_model(manifest)
+    relation = "finetune" if whole else "adapter"
     data = ModelCardData(
-        base_model=base, library_name="peft", pipeline_tag="text-generation", tags=tags
+        base_model=base,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=[f"base_model:{relation}:{base}", *([] if whole else ["lora"]), "qlora-serve"],
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_lines(name, manifest, parameters)) + "\n"
 
 
 def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> list[str]:
-    recipe, metrics, data = manifest.recipe, manifest.metrics, manifest.data
+    metrics, data = manifest.metrics, manifest.data
     on = (
         ""
         if manifest.base.quantization == "none"
@@ -33,11 +37,8 @@ def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> 
     lines = [
         f"# {name}",
         "",
-        f"A LoRA adapter for `{manifest.base.name}`{on}, trained by qlora-serve.",
-        "",
-        "- **Model type:** LoRA adapter (PEFT)",
-        f"- **Finetuned from model:** `{base_of(manifest)}`",
-        f"- **Rank and alpha:** {recipe.get('rank')}, {recipe.get('alpha'):g}",
+        *_kind_lines(manifest, on),
+        f"- **Finetuned from model:** `{manifest.base.name}`",
     ]
     if parameters is not None:
         share = 100 * parameters["trainable"] / parameters["total"]
@@ -50,10 +51,13 @@ def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> 
         "## How to get started",
         "",
         "```",
-        f"qlora-serve serve {base_of(manifest)} --adapter {name}=PATH_OF_THIS_DIRECTORY",
+        "qlora-serve serve PATH_OF_THIS_DIRECTORY"
+        if is_whole_model(manifest)
+        else f"qlora-serve serve {manifest.base.name} --adapter {name}=PATH_OF_THIS_DIRECTORY",
         "```",
         "",
-        "Any tool that reads PEFT directories can load it.",
+        f"Any tool that reads {'transformers' if is_whole_model(manifest) else 'PEFT'} directories "
+        "can load it.",
         "",
         "## Training details",
         "",
@@ -73,6 +77,22 @@ def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> 
     return lines
 
 
-def base_of(manifest: Manifest) -> str:
-    """The base that a reader should load."""
-    return manifest.base.name
+def _kind_lines(manifest: Manifest, on: str) -> list[str]:
+    recipe = manifest.recipe
+    if is_whole_model(manifest):
+        return [
+            f"All weights of `{manifest.base.name}`, trained by qlora-serve.",
+            "",
+            "- **Model type:** causal language model",
+        ]
+    return [
+        f"A LoRA adapter for `{manifest.base.name}`{on}, trained by qlora-serve.",
+        "",
+        "- **Model type:** LoRA adapter (PEFT)",
+        f"- **Rank and alpha:** {recipe.get('rank')}, {recipe.get('alpha', 0):g}",
+    ]
+
+
+def is_whole_model(manifest: Manifest) -> bool:
+    """Whether the run trained all weights, not an adapter."""
+    return manifest.recipe.get("method") == "full"

@@ -1,4 +1,4 @@
-"""What is written beside a trained adapter: its manifest and its card."""
+"""What is written beside a trained adapter, for later commands: its manifest."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,33 +78,3 @@ def _metrics(log: "TrainingLog") -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
     }
-
-
-def make_card(settings: TrainSettings, manifest: Manifest) -> str:
-    """A README for whoever finds the directory."""
-    metrics = manifest.metrics
-    if settings.method == "full":
-        return _model_card(settings, manifest)
-    return (
-        f"---\nbase_model: {manifest.base.name}\nlibrary_name: peft\n"
-        "pipeline_tag: text-generation\ntags: [lora, qlora-serve]\n---\n\n"
-        f"# {settings.output.name}\n\n"
-        f"A LoRA adapter for `{manifest.base.name}`, trained by qlora-serve on "
-        f"{manifest.data['rows']} chats in {metrics['steps']} steps; the loss went from "
-        f"{metrics['first_loss']:.3f} to {metrics['last_loss']:.3f}.\n"
-        "`qlora_serve.json` holds the whole recipe. Any tool that reads PEFT directories can load "
-        "it.\n"
-    )
-
-
-def _model_card(settings: TrainSettings, manifest: Manifest) -> str:
-    metrics = manifest.metrics
-    return (
-        f"---\nbase_model: {manifest.base.name}\nlibrary_name: transformers\n"
-        "pipeline_tag: text-generation\ntags: [qlora-serve]\n---\n\n"
-        f"# {settings.output.name}\n\n"
-        f"All weights of `{manifest.base.name}`, trained by qlora-serve on "
-        f"{manifest.data['rows']} chats in {metrics['steps']} steps; the loss went from "
-        f"{metrics['first_loss']:.3f} to {metrics['last_loss']:.3f}.\n"
-        "`qlora_serve.json` holds the whole recipe.\n"
-    )

@@ -30,7 +30,7 @@ from qlora_serve.train.prepare import (
     prepare_data,
     read_run_data,
 )
-from qlora_serve.train.record import base_name, make_card, make_manifest
+from qlora_serve.train.record import base_name, make_manifest
 from qlora_serve.train.zero import check_stage, zero_stage
 
 # torch and transformers take seconds to import. What needs them is imported when everything that
@@ -160,7 +160,7 @@ def _train(settings: TrainSettings, inputs: _Inputs, report: Report) -> TrainRes
     manifest = manifest_of(outcome.log, outcome.step)
     with together():
         if is_main():
-            _publish(settings, base, model, outcome, manifest, probes, dtype)
+            _publish(settings, base, model, outcome, manifest, probes, dtype, report)
     _report_end(settings, manifest, report)
     return TrainResult(settings.output, manifest)
 
@@ -178,6 +178,7 @@ def _run(
     from qlora_serve.train.log import environment, read_log
     from qlora_serve.train.parallel import world_size
     from qlora_serve.train.samples import Sampler
+    from qlora_serve.train.tracking import open_trackers
     from qlora_serve.train.trainer import Run
 
     identity = run_identity(
@@ -204,6 +205,7 @@ def _run(
         ),
         environment=environment(arguments.device, world_size()),
         resume_from=inputs.resume_from,
+        callbacks=tuple(open_trackers(settings)) if is_main() else (),
     )
 
 
@@ -224,8 +226,10 @@ def _publish(
     manifest: Manifest,
     probes: list[list[int]],
     dtype: str,
+    report: Report,
 ) -> None:
     from qlora_serve.train import save
+    from qlora_serve.train.report.page import try_report
     from qlora_serve.train.verify import verify_model, verify_saved
 
     with published_directory(settings.output) as staging:
@@ -236,7 +240,7 @@ def _publish(
             save.save_adapter(model, staging, outcome.tensors)
         write_manifest(staging, manifest)
         outcome.log.write(staging)
-        (staging / "README.md").write_text(make_card(settings, manifest), encoding="utf-8")
+        try_report(staging, settings.output.name, report)
         if settings.method == "full":
             verify_model(model, staging, outcome.tensors, probes, dtype)
         else:

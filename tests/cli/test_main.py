@@ -9,6 +9,7 @@ COMMANDS = [
     [], ["train"], ["serve"], ["merge"], ["adapters"], ["adapters", "list"], ["adapters", "show"],
     ["adapters", "check"], ["compare"], ["chat"], ["base"], ["base", "prepare"],
     ["data"], ["data", "check"],
+    ["plan"], ["eval"], ["sweep"],
 ]  # fmt: skip
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "fastapi", "uvicorn", "numpy", "pandas")
@@ -59,6 +60,11 @@ def test_version() -> None:
         (["merge", "nothing-here", "--output", "y"], 1, "no adapter at nothing-here"),
         (["adapters", "show", "nothing-here"], 1, "no adapter at nothing-here"),
         (["compare", "hi", "--url", "http://127.0.0.1:9"], 1, "no server answers at http://127"),
+        (["plan"], 2, "missing: --base"),
+        (["plan", "--base", "nothing-here"], 1, "error: no base model at 'nothing-here'"),
+        (["eval", "--base", "x"], 2, "missing: --data"),
+        (["eval", "--base", "x", "--data", "none.jsonl"], 1, "no data file at none.jsonl"),
+        (["sweep"], 2, "missing: --output, --recipe, --grid, --heldout"),
         (["base", "prepare", "unknown"], 1, "nothing to prepare for 'unknown'"),
     ],
 )

@@ -23,8 +23,6 @@ class PlanSettings(TrainSettings):
     trained_share: float = Field(1.0, gt=0, le=1)
     """The share of tokens that count in the loss; 1 is the worst case. Logits, the largest tensor
     of a step with a large vocabulary, exist only for these."""
-    processes: int = Field(1, ge=1)
-    """Processes, one a GPU, over which ZeRO spreads what it can."""
     context: int | None = Field(None, ge=1)
     """For serving: tokens of prompt and answer of one request; by default the training length."""
     max_sequences: int = Field(8, ge=1)

@@ -20,8 +20,8 @@ from qlora_serve.train.plan.weights import (
     scheme,
     state_bytes,
 )
+from qlora_serve.train.prepare import longest_rows
 
-_DEFAULT_LENGTH = 1024
 _GRADIENT_BYTES = 4
 _ZERO_BUCKET = 500_000_000  # elements; DeepSpeed's default reduce_bucket_size
 # As `serve` computes them in one step, on a CPU and on a GPU.
@@ -133,7 +133,8 @@ class Planner:
     """A model without weights, and what a recipe makes of it."""
 
     def __init__(self, settings: PlanSettings) -> None:
-        from qlora_serve.train.model import add_lora
+        from qlora_serve.base.tokenizer import load_tokenizer
+        from qlora_serve.train.model import build_model
 
         self.settings = settings
         self.source = locate_base(settings.base, weights=False)
@@ -154,8 +155,12 @@ class Planner:
             * on_cpu
             for trains in (True, False)
         }
-        base = LoadedBase(self.source, skeleton, None, "none", self.dtype)
-        self.model: Any = add_lora(base, settings, settings.base)
+        # Only trained tokens need the tokenizer, to be known by their text.
+        tokenizer = load_tokenizer(self.source) if settings.trainable_tokens else None
+        base = LoadedBase(self.source, skeleton, tokenizer, "none", self.dtype)
+        # How an adapter starts moves no memory, and cannot be done without weights.
+        chosen = settings.model_copy(update={"init": "default"})
+        self.model: Any = build_model(base, chosen, settings.base, list)
         self.parameters = _count(self.model)
         self._traced: dict[Variant, int] = {}
 
@@ -163,7 +168,7 @@ class Planner:
     def given(self) -> Variant:
         """The recipe as it is."""
         chosen = self.settings
-        length = _length(chosen, self.source)
+        length = longest_rows(chosen.max_length, self.source)
         return Variant(chosen.micro_batch, length, chosen.gradient_checkpointing, self.how)
 
     def training(self, variant: Variant) -> TrainingMemory:
@@ -183,7 +188,7 @@ class Planner:
 
     @property
     def _optimizer_bytes(self) -> int:
-        kind = str(getattr(self.settings, "optimizer", "adamw"))
+        kind = self.settings.optimizer
         return sum(
             state_bytes(kind, tuple(parameter.shape))
             for parameter in self.model.parameters()
@@ -215,7 +220,7 @@ class Planner:
 
     def stages(self, memory: TrainingMemory) -> list[StageMemory]:
         """The same training under DDP and each ZeRO stage (arXiv:1910.02054)."""
-        count = self.settings.processes
+        count = self.settings.processes * self.settings.nodes
         if count == 1:
             return [StageMemory(stage="single", processes=1, memory=memory)]
         bucket = min(memory.gradients, _ZERO_BUCKET * _GRADIENT_BYTES)
@@ -317,16 +322,3 @@ def _dtype(chosen: str, device: str) -> str:
             )
         return chosen
     return "float32" if device == "cpu" else "bfloat16"
-
-
-def _length(settings: PlanSettings, source: BaseSource) -> int:
-    context = source.config.get("max_position_embeddings")
-    limit = context if isinstance(context, int) else None
-    if settings.max_length is None:
-        return min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
-    if limit is not None and settings.max_length > limit:
-        raise ConfigError(
-            f"max_length: {settings.max_length} is more than the {limit} tokens that "
-            f"{settings.base} can take"
-        )
-    return settings.max_length
