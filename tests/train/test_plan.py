@@ -86,7 +86,8 @@ def test_the_traced_peak_is_that_of_a_real_step(
 ) -> None:
     """The same ledger over a real step on real tensors is the oracle."""
     from qlora_serve.base.load import load_base
-    from qlora_serve.train.loss import trained_positions_loss
+    from qlora_serve.train.fast_lora import fast_lora
+    from qlora_serve.train.layout import Layout
 
     base = write_tiny_model(tmp_path / "base", kind)
     settings = {"rank": 4, "gradient_checkpointing": checkpointing, "max_length": 32}
@@ -94,17 +95,16 @@ def test_the_traced_peak_is_that_of_a_real_step(
     planned = planner.training(planner.given)
 
     loaded = load_base(str(base), device="cpu")
-    chosen = TrainSettings(base=str(base), data="d", output="o", **settings)
+    chosen = TrainSettings(base=str(base), data=("d.jsonl",), output="o", **settings)
     model = add_lora(loaded, chosen, str(base))
     model.train()
-    ids = torch.randint(0, 500, (2, 32))
-    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    rows = [{"input_ids": list(range(5, 37)), "labels": list(range(5, 37))}] * 2
+    layout = Layout(model, packing=False)
+    batch = layout.collate(rows)
     ledger = Ledger()
     ledger.know_all(model)
-    with ledger:
-        head = model.get_base_model().get_output_embeddings()
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        trained_positions_loss(model, head, inputs, ids).backward()
+    with fast_lora(model), layout.over(batch), ledger:
+        layout.loss(model, batch).backward()
     assert planned.gradients + planned.activations == pytest.approx(ledger.peak, rel=0.03)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qlora_serve.train.dataset import IGNORED, RowDataset, collate
+from qlora_serve.train.batches import pad_rows
+from qlora_serve.train.dataset import IGNORED, RowDataset
 from qlora_serve.train.loss import hidden_states_at
 from qlora_serve.train.masks import TokenizedRow
 
@@ -41,7 +42,7 @@ def row_losses(
     for indices in _batches([len(row.input_ids) for row in rows], batch):
         inputs = {
             name: tensor.to(model.device)
-            for name, tensor in collate([dataset[index] for index in indices]).items()
+            for name, tensor in pad_rows([dataset[index] for index in indices]).items()
         }
         targets = inputs.pop("labels")[:, 1:]  # [rows, length-1]
         counted = targets != IGNORED

@@ -150,6 +150,9 @@ def _adapters(settings: EvalSettings) -> dict[str, AdapterFiles]:
 
 def _reference(chat: ChatRow) -> str:
     """What the assistant says last."""
+    if chat.text is not None or chat.tools:
+        kind = "a templated text" if chat.text is not None else "a chat with tools"
+        raise DataError(f"{chat.where} is {kind}; an evaluation needs plain chats with an answer")
     return next(m["content"] for m in reversed(chat.messages) if m["role"] == "assistant")
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
-from qlora_serve.base.source import BaseSource, locate_base
+from qlora_serve.base.source import locate_base
 from qlora_serve.errors import ConfigError
 from qlora_serve.train.plan.config import PlanSettings
 from qlora_serve.train.plan.weights import (
@@ -196,7 +196,7 @@ class Planner:
         )
 
     def _peak(self, variant: Variant) -> int:
-        from qlora_serve.train.plan.trace import Step, plain_model, training_peak
+        from qlora_serve.train.plan.trace import Step, piece_rows, plain_model, training_peak
 
         if variant not in self._traced:
             model = plain_model(self.model)
@@ -206,14 +206,19 @@ class Planner:
                 model.enable_input_require_grads()
             else:
                 model.gradient_checkpointing_disable()
-            positions = variant.micro_batch * (variant.length - 1)
+            on_cpu = self.device == "cpu"
+            rows, pieces = variant.micro_batch, 1
+            if on_cpu:  # a line of rows is computed in pieces, whose gradients add up
+                rows, pieces = piece_rows(variant.micro_batch, variant.length)
+            positions = rows * (variant.length - 1)
             step = Step(
-                rows=variant.micro_batch,
+                rows=rows,
                 length=variant.length,
                 logits=max(1, math.ceil(self.settings.trained_share * positions)),
                 dtype=self.dtype,
-                autocast=self.device == "cuda" and self.dtype != "float32",
-                keeps_gradients=self.settings.accumulation > 1,
+                autocast=not on_cpu and self.dtype != "float32",
+                keeps_gradients=self.settings.accumulation > 1 or pieces > 1,
+                is_flat=on_cpu,
             )
             self._traced[variant] = training_peak(self.model, step, variant.how)
         return self._traced[variant]

@@ -10,7 +10,7 @@ kernel are what they will be. What happens inside a kernel (work space) is not s
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_serve.errors import BaseModelError
+from qlora_serve.train.fast_lora import fast_lora
 from qlora_serve.train.plan.weights import Scheme, is_quantized
+from qlora_serve.train.row_attention import RowAttention
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Step:
     """Whether the trainer mixes precisions, as it does on a GPU below float32."""
     keeps_gradients: bool = False
     """Whether gradients of an earlier micro-batch are there already."""
+    is_flat: bool = False
+    """Whether rows lie in one line, each attending to itself, as training does on a CPU."""
 
 
 class Ledger(TorchDispatchMode):
@@ -104,14 +108,49 @@ def training_peak(model: Any, step: Step, how: Scheme) -> int:
 def _forward_and_backward(
     model: Any, step: Step, inputs: dict[str, Any], positions: torch.Tensor
 ) -> None:
-    from qlora_serve.train.loss import summed_cross_entropy
+    """As `train.loss` does it: the head a chunk at a time, where it is an ordinary layer."""
+    from qlora_serve.train.loss import HeadForm, _HeadLoss, summed_cross_entropy
 
-    with torch.autocast("cpu", getattr(torch, step.dtype), enabled=step.autocast):
-        logits = _logits(model, inputs, positions)
+    head = plain_model(model).get_output_embeddings()
     targets = torch.zeros(step.logits, dtype=torch.long)
-    loss = summed_cross_entropy(logits.float()[0], targets)
-    del logits
+    with torch.autocast("cpu", getattr(torch, step.dtype), enabled=step.autocast):
+        if type(head) is torch.nn.Linear:
+            config = plain_model(model).config.get_text_config()
+            form = HeadForm(cap=getattr(config, "final_logit_softcapping", None))
+            hidden = _hidden(model, inputs, positions)
+            loss = _HeadLoss.apply(hidden, head.weight, head.bias, targets, form)
+            del hidden
+        else:
+            logits = _logits(model, inputs, positions)
+            loss = summed_cross_entropy(logits.float()[0], targets)
+            del logits
     loss.backward()
+
+
+def _hidden(model: Any, inputs: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """The hidden states [positions, hidden] that the output head would get."""
+    taken: list[torch.Tensor] = []
+
+    def take(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        chosen = arguments[0].flatten(0, 1)[positions]
+        taken.append(chosen)
+        return (chosen[None, :0], *arguments[1:])
+
+    handle = plain_model(model).get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return taken.pop()
+
+
+def piece_rows(rows: int, length: int) -> tuple[int, int]:
+    """The rows of the largest piece of a line of rows, and how many pieces there are."""
+    from qlora_serve.train.layout import _PIECE_TOKENS, even_pieces
+
+    spans = [(row * length, (row + 1) * length) for row in range(rows)]
+    pieces = even_pieces(spans, _PIECE_TOKENS)
+    return max(last - first for first, last in pieces) // length, len(pieces)
 
 
 def serving_peak(model: Any, step: Step, how: Scheme) -> int:
@@ -132,7 +171,11 @@ def _inputs(step: Step) -> tuple[dict[str, Any], torch.Tensor]:
         "input_ids": torch.zeros(step.rows, step.length, dtype=torch.long),
         "use_cache": False,
     }
-    if step.rows > 1:  # rows of several lengths are padded, and then there is a mask
+    if step.is_flat:
+        shape = (1, step.rows * step.length)
+        inputs["input_ids"] = torch.zeros(shape, dtype=torch.long)
+        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
+    elif step.rows > 1:  # rows of several lengths are padded, and then there is a mask
         shape = (step.rows, 1, step.length, step.length)
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.bool)
     return inputs, torch.zeros(step.logits, dtype=torch.long)
@@ -164,9 +207,15 @@ def _emptied(model: Any, how: Scheme, step: Step, trains: bool) -> Iterator[Ledg
     ledger = Ledger()
     model.train(trains)
     try:
-        with warnings.catch_warnings(), FakeTensorMode():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")
+            if step.is_flat:
+                places = torch.arange(step.length).repeat(step.rows)[None]
+                stack.enter_context(RowAttention(plain_model(model)).over(places))
+            stack.enter_context(FakeTensorMode())
             _empty(model, how, step, ledger, trains)
+            if step.is_flat:
+                stack.enter_context(fast_lora(model))
             yield ledger
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
