@@ -67,6 +67,7 @@ def test_a_run_publishes_what_it_trained(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in result.path.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_serve.json",
+        "recipe.yaml", "report.html",
         "training_log.json",
     ]  # fmt: skip
     manifest = read_adapter(result.path).manifest

@@ -172,9 +172,9 @@ def _inputs(step: Step) -> tuple[dict[str, Any], torch.Tensor]:
         "use_cache": False,
     }
     if step.is_flat:
-        shape = (1, step.rows * step.length)
-        inputs["input_ids"] = torch.zeros(shape, dtype=torch.long)
-        inputs["position_ids"] = torch.zeros(shape, dtype=torch.long)
+        tokens = step.rows * step.length
+        inputs["input_ids"] = torch.zeros(1, tokens, dtype=torch.long)
+        inputs["position_ids"] = torch.zeros(1, tokens, dtype=torch.long)
     elif step.rows > 1:  # rows of several lengths are padded, and then there is a mask
         shape = (step.rows, 1, step.length, step.length)
         inputs["attention_mask"] = torch.ones(shape, dtype=torch.bool)

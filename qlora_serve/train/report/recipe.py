@@ -27,10 +27,10 @@ def recipe_text(manifest: Manifest) -> str:
         if name == "seed" or (name not in _NOT_PART and not _same(value, defaults.get(name)))
     }
     given["base"] = manifest.base.name
-    if isinstance(given.get("data"), str):
-        # So that it is found from any directory; a hub's name is no file and stays.
-        file = Path(given["data"])
-        given["data"] = str(file.resolve()) if file.exists() else given["data"]
+    # So that files are found from any directory; a hub's name is no file and stays.
+    given["data"] = [_findable(text) for text in given.get("data", [])]
+    if given.get("eval_data"):
+        given["eval_data"] = _findable(given["eval_data"])
     header = [
         "# Makes this adapter again, bit for bit on the same machine and versions:",
         "#",
@@ -44,6 +44,14 @@ def recipe_text(manifest: Manifest) -> str:
     header.append(f"# versions: {versions}")
     body = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=100)
     return "\n".join(header) + "\n" + body
+
+
+def _findable(text: str) -> str:
+    """A data source with its file's whole path, if it is a file; FILE:0.3 keeps its weight."""
+    name, colon, weight = text.rpartition(":")
+    if Path(text).exists():
+        return str(Path(text).resolve())
+    return f"{Path(name).resolve()}:{weight}" if colon and Path(name).exists() else text
 
 
 def _same(value: Any, default: Any) -> bool:
