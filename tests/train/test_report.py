@@ -125,8 +125,8 @@ def test_an_evaluation_comes_into_the_page(trained: TrainSettings, tmp_path: Pat
 
     evaluate(
         EvalSettings(
-            base=trained.base, adapter={"mine": trained.output}, data=Path(trained.data[0]), device="cpu",
-            rows=4, max_tokens=4, resamples=100, update_reports=True,
+            base=trained.base, adapter={"mine": trained.output}, data=Path(trained.data[0]),
+            device="cpu", rows=4, max_tokens=4, resamples=100, update_reports=True,
         ),
         lambda _: None,
     )  # fmt: skip
