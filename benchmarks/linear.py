@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_serve.serve.engine.kernels.native import load_kernels
-from qlora_serve.serve.engine.linear import FastLinear
+from qlora_serve.serve.engine.gptq import PackedGptq
+from qlora_serve.serve.engine.kernels.native import Kernels, load_kernels
+from qlora_serve.serve.engine.linear import FastGptqLinear, FastLinear
 
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 SHAPES = [shape for _ in range(30) for shape in LAYER] + [(49152, 576)]
@@ -25,11 +26,15 @@ def main() -> None:
     kernels = load_kernels()
     assert kernels is not None, "the native kernels could not be built"
     layers = [FastLinear(nn.Linear(i, o, bias=False), kernels) for o, i in SHAPES]
+    gptq = {id(layer): gptq_like(layer, kernels) for layer in layers[:-1]}
     ways: dict[str, Callable[[FastLinear, Tensor], Tensor]] = {
         "F.linear": lambda layer, x: F.linear(x, layer.weight),
         "mm(W, x^T)": lambda layer, x: torch.mm(layer.weight, x[0].t()).t().contiguous(),
         # Called directly, so that it is measured also where the engine would not use it.
         "native": lambda layer, x: layer.updated(x, None, 0),
+        # The output layer of a GPTQ model stays as it is.
+        "GPTQ": lambda layer, x: gptq.get(id(layer), layer).updated(x, None, 0),
+        "GPTQ many": lambda layer, x: gptq.get(id(layer), layer).by_torch(x),
     }
     print("rows  " + "  ".join(f"{name:>10}" for name in ways))
     with torch.inference_mode():
@@ -44,6 +49,20 @@ def main() -> None:
                     times[name].append((time.perf_counter() - start) * 1e3)
             medians = "  ".join(f"{statistics.median(t):10.1f}" for t in times.values())
             print(f"{rows:>4}  {medians}")
+
+
+def gptq_like(layer: FastLinear, kernels: Kernels) -> FastGptqLinear:
+    """A layer of the same shape with random codes of 4 bits in groups of 64."""
+    outside, inside = layer.out_features, layer.in_features
+    packed = PackedGptq(
+        bits=4,
+        codes=torch.randint(2**31, (outside, (inside + 127) // 128, 16), dtype=torch.int32),
+        groups=torch.randn(outside, inside // 64, 2),
+        shift=6,
+        order=None,
+    )
+    shape = nn.Linear(inside, outside, bias=False, device="meta")
+    return FastGptqLinear(shape, packed, kernels)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,11 @@ def give_blocks(runner: Runner, sequences: list[Sequence], more: int) -> None:
 
 
 def mixed_rows(
-    runner: Runner, residents: Mapping[str, Any], lengths: Mapping[str, int], decode: int = 4
+    runner: Runner,
+    residents: Mapping[str, Any],
+    lengths: Mapping[str, int],
+    decode: int = 4,
+    prompts: Mapping[str, list[int]] | None = None,
 ) -> dict[str, Found]:
     """Prefill of every prompt in two chunks, then decode, all sequences in every step.
 
@@ -65,11 +69,14 @@ def mixed_rows(
         residents: name → adapter; any other name of `lengths` is the base.
         lengths: name → tokens of its random prompt.
         decode: steps after the prompt.
+        prompts: name → tokens that its prompt begins with.
     """
     generator = torch.Generator().manual_seed(7)
     sequences = {
         name: new_sequence(
-            torch.randint(3, 400, (length,), generator=generator).tolist(), residents.get(name)
+            (prompts or {}).get(name, [])
+            + torch.randint(3, 400, (length,), generator=generator).tolist(),
+            residents.get(name),
         )
         for name, length in lengths.items()
     }

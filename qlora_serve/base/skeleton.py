@@ -6,10 +6,14 @@ from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import BaseModelError
 
 
-def build_skeleton(source: BaseSource) -> Any:
+def build_skeleton(source: BaseSource, vocabulary: int | None = None) -> Any:
     """The transformers model of a base on the meta device: every module and shape, no memory.
 
     A quantized base gives the shapes of its unquantized form, which is what adapters fit onto.
+
+    Args:
+        source: the base.
+        vocabulary: the rows of its embeddings, where they are to be others than the base's own.
 
     Raises:
         BaseModelError: transformers does not know the architecture.
@@ -21,6 +25,8 @@ def build_skeleton(source: BaseSource) -> Any:
         config = AutoConfig.from_pretrained(source.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if vocabulary is not None:
+            config.get_text_config().vocab_size = vocabulary
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:

@@ -47,10 +47,22 @@ class BaseSource:
         """The architecture's family, such as `llama`."""
         return str(self.config.get("model_type", ""))
 
+    @cached_property
+    def quantization_settings(self) -> dict[str, Any]:
+        """How the stored weights are quantized, as their maker wrote it; empty if they are not.
+
+        AutoGPTQ keeps it in a file of its own, and its early versions only there.
+        """
+        settings = self.config.get("quantization_config")
+        own_file = self.path / "quantize_config.json"
+        if settings or not own_file.is_file():
+            return dict(settings or {})
+        return {"quant_method": "gptq"} | _read_json(own_file)
+
     @property
     def quantization(self) -> str:
         """How the stored weights are quantized: `none`, `nf4`, `int8`, `gptq`, `awq` ..."""
-        settings = self.config.get("quantization_config")
+        settings = self.quantization_settings
         if not settings:
             return "none"
         method = str(settings.get("quant_method", "unknown"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptq_models import write_autogptq_model, write_dequantized, write_gptq_model
 from mixed_batch import check_against_peft, give_blocks, load_residents, mixed_rows, new_sequence
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -48,6 +49,10 @@ KINDS = {
 
 def _write(folder: Path, family: str, kinds: dict[str, dict]) -> tuple[Path, dict[str, Path]]:
     base = write_tiny_model(folder / "base", family)
+    if family == "qwen3" and "saved" in kinds:
+        # "norm" would also mean its norms of each head, which are refused.
+        saved = ["embed_tokens", "lm_head", "layernorm"]
+        kinds = kinds | {"saved": kinds["saved"] | {"modules_to_save": saved}}
     return base, {
         name: write_random_adapter(folder / name, base, seed=number, **settings)
         for number, (name, settings) in enumerate(kinds.items())
@@ -94,6 +99,57 @@ def test_every_kind_on_other_bases(
     found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths), decode=2)
     reference = _quantized_reference(quantization, dtype)
     check_against_peft(base, paths, found, tolerance, max(0.1, 2 * tolerance), reference)
+
+
+# PEFT refuses DoRA on GPTQ layers; on the dequantized float32 base it does not.
+_PEFT_DOES_ON_GPTQ = ("plain", "saved-embedding", "tokens", "lora-bias")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"symmetric": False, "by_activity": True}),
+        pytest.param("llama-untied", {}, marks=pytest.mark.slow),
+        pytest.param("qwen2", {"bits": 8, "group_size": -1}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"group_size": 64}, marks=pytest.mark.slow),
+        pytest.param("mistral", {"bits": 8, "symmetric": False}, marks=pytest.mark.slow),
+        pytest.param("gemma2", {"bits": 3}, marks=pytest.mark.slow),
+        pytest.param("phi", {"symmetric": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_kind_on_gptq(family: str, settings: dict, tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel")
+    kinds = KINDS | {"saved-linear": {"modules_to_save": ["lm_head"], "target_modules": _FEW}}
+    base, paths = _write(tmp_path, family, kinds)
+    gptq = write_gptq_model(tmp_path / "gptq", base, **settings)
+    runner = Runner(load_base(str(gptq)))
+    found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths), decode=2)
+
+    if settings.get("bits") != 3:  # the helper does not unpack codes that span words
+        dense = write_dequantized(tmp_path / "dense", gptq, base)
+        check_against_peft(dense, paths, found, TOLERANCE, differs_by=0.1)
+    some = {name: path for name, path in paths.items() if name in _PEFT_DOES_ON_GPTQ}
+    reference = _quantized_reference("none", "float32")
+    expected = {name: found[name] for name in ("base", *some)}
+    check_against_peft(gptq, some, expected, TOLERANCE, 0.1, reference)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("in_config", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_adapters_on_autogptqs_format_without_the_kernels(
+    in_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gptqmodel")
+    base, paths = _write(tmp_path, "llama", {name: KINDS[name] for name in ("plain", "dora")})
+    gptq = write_gptq_model(tmp_path / "gptq", base, symmetric=False)
+    older = write_autogptq_model(tmp_path / "older", gptq, in_config)
+    monkeypatch.setattr("qlora_serve.serve.engine.runner.load_kernels", lambda: None)
+    runner = Runner(load_base(str(older)))
+    found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths), decode=2)
+    dense = write_dequantized(tmp_path / "dense", gptq, base)
+    check_against_peft(dense, paths, found, TOLERANCE, differs_by=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -145,12 +201,15 @@ def test_loading_while_others_decode_changes_nothing_for_them(tmp_path: Path) ->
         ("qwen3", "none", {"modules_to_save": ["q_norm"]}, "norm of each attention head"),
         ("llama", "nf4", {"modules_to_save": ["k_proj"]}, "quantized"),
         ("llama", "int8", {"modules_to_save": ["k_proj"]}, "quantized"),
+        ("llama", "gptq", {"modules_to_save": ["k_proj"]}, "quantized"),
     ],
 )
 def test_what_the_base_cannot_carry_is_refused(
     family: str, quantization: str, settings: dict, words: str, tmp_path: Path
 ) -> None:
     base, paths = _write(tmp_path, family, {"it": settings | {"target_modules": _FEW}})
+    if quantization == "gptq":
+        base, quantization = write_gptq_model(tmp_path / "gptq", base), "none"
     runner = Runner(load_base(str(base), quantization=quantization, dtype="float32"))
     with pytest.raises(AdapterError, match=words):
         load_residents(runner, paths)

@@ -1,5 +1,6 @@
 """The native kernels against torch's own operators."""
 
+import ctypes
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from gptq_models import random_gptq_linear
 from torch import nn
 
 import qlora_serve.serve.engine.linear as linear_module
@@ -22,9 +24,11 @@ from qlora_serve.serve.engine.attention import (
     attend,
     attention,
 )
+from qlora_serve.serve.engine.dense import dense_weight
 from qlora_serve.serve.engine.kernels.native import AdapterRows, load_kernels
 from qlora_serve.serve.engine.linear import (
     NATIVE_ROWS,
+    FastGptqLinear,
     FastLinear,
     FastNf4Linear,
     PanelLinear,
@@ -218,6 +222,43 @@ def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
         assert _close(model(hidden), expected)
         many = torch.randn(1, NATIVE_ROWS + 1, 128)
         assert _close(model(many)[:, :rows], model(many[:, :rows]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "by_activity"),
+    [(4, 32, False), (4, 64, True), (4, -1, False), (8, 16, True), (8, 128, False), (2, 32, True)],
+)
+def test_gptq_equals_gptqmodel(kernels, bits, group_size, by_activity, rows) -> None:
+    pytest.importorskip("gptqmodel")
+    linear = random_gptq_linear(160, 96, bits, group_size, by_activity, seed=rows)
+    model = _Model(linear).eval()
+    hidden = torch.randn(1, rows, 160)
+    with torch.inference_mode():
+        expected = model(hidden)
+        dense = dense_weight(model[0], "it")
+        assert _close(F.linear(hidden, dense, linear.bias), expected)
+        use_fast_linears(model, kernels)
+        assert type(model[0]) is FastGptqLinear
+        assert dense_weight(model[0], "it").equal(dense)
+        assert _close(model(hidden), expected)
+        assert _close(model[0].by_torch(hidden), expected)
+        # An adapter's update has its inputs in their own order.
+        a, b = torch.randn(3, 160), torch.randn(3, 96)
+        group, blocks, low = AdapterRows(), to_blocks(b), torch.empty(rows * 3)
+        group.first, group.last, group.rank = 0, rows, 3
+        group.a, group.b = a.data_ptr(), blocks.data_ptr()
+        found = torch.empty_like(expected)
+        model[0].call_kernel(hidden, found, ctypes.addressof(group), 1, low.data_ptr())
+        assert _close(found, expected + hidden @ a.t() @ b)
+
+
+def test_gptq_layers_that_the_kernel_does_not_read_stay(kernels) -> None:
+    pytest.importorskip("gptqmodel")
+    for bits, inside, group_size in ((3, 96, 32), (4, 88, 16)):
+        model = _Model(random_gptq_linear(inside, 96, bits, group_size, False))
+        use_fast_linears(model, kernels)
+        assert type(model[0]) is not FastGptqLinear
 
 
 def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:

@@ -33,12 +33,14 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers with the base, or with the adapter that `adapter` or `model` names."""
     service: Service = request.app.state.service
     adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
-    prompt = await service.tokenize_chat([m.as_template_input() for m in body.messages])
+    tokens = None if adapter is None else adapter.tokens
+    prompt = await service.tokenize_chat([m.as_template_input() for m in body.messages], tokens)
     generation = GenerationRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompt=prompt,
         sampling=_sampling(body, len(prompt), service),
         adapter=adapter,
+        tokens=tokens,
     )
     answer = _Answer(generation.request_id, adapter.name if adapter else service.base_name)
     if body.stream:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.tokenizer import encode_text, render_chat
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
@@ -106,22 +107,31 @@ class Service:
         """The names under which the base itself answers."""
         return frozenset({self.base_name, self.base.source.name, BASE_ALIAS})
 
-    async def tokenize_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    async def tokenize_chat(
+        self, messages: Sequence[dict[str, Any]], tokens: AdapterTokens | None = None
+    ) -> tuple[int, ...]:
         """Prompt token ids of a chat, ready for the assistant's turn.
+
+        Args:
+            messages: the chat.
+            tokens: the adapter's own, if it has any.
 
         Raises:
             RequestError: the base's chat template refuses the messages.
         """
         return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, self._tokenize, messages
+            self._tokenizing, self._tokenize, messages, tokens
         )
 
-    def _tokenize(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    def _tokenize(
+        self, messages: Sequence[dict[str, Any]], tokens: AdapterTokens | None
+    ) -> tuple[int, ...]:
+        tokenizer = (tokens or self.base).tokenizer
         try:
-            text = render_chat(self.base.tokenizer, messages, add_generation_prompt=True)
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
         except BaseModelError as error:
             raise RequestError(str(error), param="messages") from None
-        return tuple(encode_text(self.base.tokenizer, text))
+        return tuple(encode_text(tokenizer, text))
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:

@@ -15,6 +15,7 @@ from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, 
 from qlora_serve.adapters.fit import ExpectedAdapter, FitChecker
 from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.manifest import MANIFEST_FILE
+from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.adapters.weights import AdapterWeights, check_finite, check_settings_and_fit
 from qlora_serve.base.source import cache_folder
 from qlora_serve.errors import AdapterError, RequestError
@@ -47,6 +48,10 @@ class AdapterContent:
     fixed: str = ""
     """What cannot be scaled or summed, in words; empty where all can."""
     is_dora: bool = False
+    vocabulary: int | None = None
+    """The tokens that it knows, where that is more than the base's."""
+    tokens: AdapterTokens | None = None
+    """Its own tokenizer, where that is another than the base's."""
 
     def require_scale(self, name: str, scale: float) -> None:
         """Checks that the adapter can be applied with a scale.
@@ -106,6 +111,7 @@ def describe_content(
         size=most_bytes(adapter, expected, base, item),
         fixed=_fixed_parts(config, expected),
         is_dora=bool(config.get("use_dora")),
+        vocabulary=expected.vocabulary,
     )
 
 
@@ -115,6 +121,8 @@ def _fixed_parts(config: Mapping[str, Any], expected: ExpectedAdapter) -> str:
         parts.append("replaced modules (modules_to_save)")
     if config.get("bias") not in (None, "none"):
         parts.append(f"trained biases (bias={config['bias']})")
+    if expected.vocabulary is not None:
+        parts.append("an enlarged vocabulary")
     if expected.token_rows:
         parts.append("trained tokens (trainable_token_indices)")
     return " and ".join(parts)
@@ -129,7 +137,7 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
     total = 0
     for name, info in adapter.tensors.items():
         shape = info.shape
-        if name.endswith(".base_layer.weight"):
+        if name.endswith(".base_layer.weight") and expected.vocabulary is None:
             continue  # a copy of the base's own, only compared
         if name.endswith("lora_B.weight"):
             out, rank = shape
@@ -140,6 +148,8 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
             for length in shape:
                 count *= length
             total += count * (item if len(shape) == 2 else _FLOAT32)
+    if expected.vocabulary is not None:  # both embeddings, also where the file has one
+        total += 2 * expected.vocabulary * base.get_input_embeddings().weight.shape[1] * item
     weights = [base.get_submodule(name).weight for name in expected.token_rows]
     return total + sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_serve.base.gptq import is_gptq
 from qlora_serve.errors import AdapterError
 
 
@@ -16,6 +17,9 @@ def dense_weight(module: Any, name: str) -> Tensor:
     Raises:
         AdapterError: the weight is stored in a way that cannot be read back.
     """
+    packed = getattr(module, "base", module)  # under the engine's own layer
+    if is_gptq(packed):
+        return packed.dequantize_weight().t().float()
     weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit":

@@ -79,6 +79,12 @@ class Engine:
         reason = self.limits.refusal(len(request.prompt), request.sampling.max_tokens)
         if reason is not None:
             raise RequestError(reason, param="messages")
+        known = self.runner.vocabulary(request.adapter)
+        if max(request.prompt) >= known:
+            raise RequestError(
+                f"the prompt holds token {max(request.prompt)}, and the model knows {known}",
+                param="messages",
+            )
         sequence = Sequence(request, deliver)
         with self._door:
             if not self._open:
@@ -139,7 +145,8 @@ class Engine:
             if aborted is not None:
                 self._finish(aborted, "abort")
             return
-        item.text = TextAssembler(self.runner.base.tokenizer, item.request.sampling.stop)
+        tokens = item.request.tokens or self.runner.base
+        item.text = TextAssembler(tokens.tokenizer, item.request.sampling.stop)
         self.scheduler.add(item)
 
     def _record(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int | None]]) -> None:
@@ -164,7 +171,9 @@ class Engine:
         """Appends one token to a sequence and ends it when it is complete."""
         sampling = sequence.request.sampling
         sequence.generated.append(token)
-        if token in self._stop_ids and not sampling.ignore_eos:
+        own = sequence.request.tokens
+        stops = self._stop_ids if own is None else own.stop_token_ids
+        if token in stops and not sampling.ignore_eos:
             self._finish(sequence, "stop")
             return
         text = sequence.text.push(token)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_serve.serve.engine.gptq import PackedGptq, pack_gptq
 from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 
 # Above this many rows torch's own product is at least as fast (docs/performance.md).
@@ -178,6 +179,55 @@ class FastNf4Linear(NativeLinear):
         )  # fmt: skip
 
 
+class FastGptqLinear(NativeLinear):
+    """GPTQ weights of 2, 4 or 8 bits, unpacked in registers while they are multiplied."""
+
+    def __init__(self, linear: Any, packed: PackedGptq, kernels: Kernels) -> None:
+        super().__init__()
+        self.base = linear
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._kernels = kernels
+        self._packed = packed
+        self._layout = (
+            packed.bits, packed.codes.data_ptr(), packed.groups.data_ptr(),
+            packed.groups.shape[1], packed.shift,
+        )  # fmt: skip
+
+    @property
+    def weight(self) -> Any:
+        """What gptqmodel shows of the packed weight."""
+        return self.base.weight
+
+    def by_torch(self, hidden: Tensor) -> Tensor:
+        """See `NativeLinear`; dequantizes the layer once for all rows."""
+        if hidden.dtype != torch.float32:
+            output: Tensor = self.base(hidden)
+            return output
+        weight = hidden.new_empty(self.out_features, self.in_features)
+        bits, *layout = self._layout
+        self._kernels.dequantize_gptq(
+            self.in_features, bits, *layout, weight.data_ptr(), self.out_features
+        )
+        return F.linear(self._ordered(hidden), weight, self.bias)
+
+    def call_kernel(
+        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
+    ) -> None:
+        """See `NativeLinear`."""
+        ordered = self._ordered(hidden)
+        self._kernels.linear_gptq(
+            ordered.data_ptr(), hidden.data_ptr(), hidden.shape[-2], self.in_features,
+            *self._layout, _pointer(self.bias), output.data_ptr(), self.out_features,
+            groups, count, low,
+        )  # fmt: skip
+
+    def _ordered(self, hidden: Tensor) -> Tensor:
+        """Inputs in the order of the groups."""
+        order = self._packed.order
+        return hidden if order is None else hidden.index_select(-1, order)
+
+
 def to_panels(weight: Tensor) -> Tensor:
     """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32]."""
     out_features, in_features = weight.shape
@@ -191,7 +241,7 @@ def from_panels(panels: Tensor, out_features: int) -> Tensor:
 
 
 def use_fast_linears(model: Any, kernels: Kernels) -> None:
-    """Replaces a model's float32 and NF4 linear layers in place; others stay as they are.
+    """Replaces a model's float32, NF4 and GPTQ layers in place; others stay as they are.
 
     Those of a kind stay where a short trial shows that torch's own product is faster.
     """
@@ -205,7 +255,9 @@ def use_fast_linears(model: Any, kernels: Kernels) -> None:
             continue
         kind = type(fast)
         if kind not in chosen:
-            chosen[kind] = are_forced() or kind is FastNf4Linear or _is_faster(fast)
+            chosen[kind] = (
+                are_forced() or kind in (FastNf4Linear, FastGptqLinear) or _is_faster(fast)
+            )
             if not chosen[kind]:
                 log.info("torch's own product is faster here than the native %s", kind.__name__)
         if chosen[kind]:
@@ -216,6 +268,9 @@ def use_fast_linears(model: Any, kernels: Kernels) -> None:
 def _fast_layer(module: Any, embedding: Tensor, kernels: Kernels) -> NativeLinear | None:
     if _is_nf4(module):
         return FastNf4Linear(module, kernels)
+    packed = pack_gptq(module)
+    if packed is not None:
+        return FastGptqLinear(module, packed, kernels)
     if not _is_plain(module):
         return None
     # A weight that the input embedding shares must stay as it is: rows are looked up in it.

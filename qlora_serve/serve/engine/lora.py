@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.adapters.weights import AdapterWeights, LoraPair
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
@@ -96,6 +97,10 @@ class ResidentAdapter:
     size_bytes: int
     own: Mapping[str, RowFunction] = field(default_factory=dict)
     """The path of a module → what computes this adapter's rows in its place."""
+    vocabulary: int | None = None
+    """The tokens that it knows, where that is more than the base's."""
+    tokens: AdapterTokens | None = None
+    """Its own tokenizer, where that is another than the base's."""
 
     @cached_property
     def native_table(self) -> Any:
@@ -171,6 +176,8 @@ class AdapterLayers:
         self._index = {name: index for index, name in enumerate(linear_names)}
         output = model.get_output_embeddings()
         self._output_name = next((n for n, m in model.named_modules() if m is output), None)
+        inside = model.get_input_embeddings()
+        self._embeddings = {n for n, m in model.named_modules() if m in (inside, output)}
         for name, index in self._index.items():
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
@@ -203,7 +210,9 @@ class AdapterLayers:
             wrap(self._model, module, self._context, module == self._output_name)
         size = sum(pair.size_bytes for pair in pairs if pair is not None)
         size += _own_bytes(own.values(), self._model)
-        return ResidentAdapter(name, weights.identity, tuple(pairs), size, own)
+        return ResidentAdapter(
+            name, weights.identity, tuple(pairs), size, own, vocabulary=weights.vocabulary
+        )
 
     def _own_functions(
         self, name: str, weights: AdapterWeights, dtype: torch.dtype
@@ -230,7 +239,14 @@ class AdapterLayers:
                 )
             parts[module] = {"weight": with_new_rows[weight.data_ptr()]}
         own: dict[str, RowFunction] = {
-            module: own_module(self._base(module), module, new, self._width, self._context)
+            module: own_module(
+                self._base(module),
+                module,
+                new,
+                self._width,
+                self._context,
+                weights.vocabulary if module in self._embeddings else None,
+            )
             for module, new in parts.items()
         }
         for module in weights.modules.keys() - self._index.keys():

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_serve.adapters.files import WEIGHTS_FILE, read_adapter
 from qlora_serve.adapters.fit import FitChecker
+from qlora_serve.adapters.tokens import own_tokens
 from qlora_serve.adapters.weights import AdapterWeights, check_settings_and_fit, load_weights
 from qlora_serve.errors import (
     AdapterError,
@@ -93,7 +94,7 @@ class AdapterRegistry:
         """
         seen = signature(path)
         content = examine(path, self._fit, self._runner.base.model, self._runner.item_bytes)
-        return self._place(name, path, content, seen, pin)
+        return self._place(name, path, self._with_tokens(content), seen, pin)
 
     def load(self, name: str, path: Path, pin: bool = False) -> AdapterSelection:
         """Like `register`, and reads the weights at once: what they can show is found here.
@@ -109,12 +110,20 @@ class AdapterRegistry:
         content = describe_content(
             adapter, expected, weights.identity, self._runner.base.model, self._runner.item_bytes
         )
+        content = self._with_tokens(content)
         resident = self._runner.resident(name, weights)
         self._keep(weights)  # before a pin makes the loader look for them
         entry = self._place(name, path, content, seen, pin)
         if self._slot_key(content, entry.default_scale) == (content.identity, 1.0):
             self.residency.adopt((content.identity, 1.0), content, resident, resident.size_bytes)
         return self.select([(name, None)])
+
+    def _with_tokens(self, content: AdapterContent) -> AdapterContent:
+        """The content with the adapter's own tokenizer, if it has one."""
+        base = self._runner.base
+        known = content.vocabulary or self._fit.embeddings.rows
+        own = own_tokens(content.path, base.tokenizer, base.stop_token_ids, known)
+        return replace(content, tokens=own)
 
     def add(self, name: str, path: Path, pin: bool = False) -> Registered:
         """`load` while there is free room on the device, else `register`.

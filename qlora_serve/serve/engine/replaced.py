@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_serve.base.gptq import is_gptq
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.linear import FastLinear, NativeLinear
@@ -29,6 +30,8 @@ class OwnModule:
     """An adapter's own copy of a module: the base's code with other parameters."""
 
     module: nn.Module
+    vocabulary: int | None = None
+    """The tokens that it knows, of an embedding or output layer with more than the base's."""
 
     def __call__(self, inputs: Tensor, _: Tensor, scale: float) -> Tensor:
         """The copy's output."""
@@ -66,18 +69,34 @@ class AdapterModule(nn.Module):
         self.name = name
         self._context = context
         self._is_output = is_output
+        is_look_up = is_output or isinstance(base, nn.Embedding)
+        self._rows = int(self.weight.shape[0]) if is_look_up else 0
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[1, rows, ...] → [1, rows, ...]"""
-        output: Tensor = self.base(inputs)
         context = self._context
         rows = context.output_rows if self._is_output else context.adapter_rows
-        for first, last, adapter in rows:
-            own = adapter.resident.own.get(self.name)
+        output = self._of_base(inputs, [one.resident.own.get(self.name) for *_, one in rows])
+        for first, last, one in rows:
+            own = one.resident.own.get(self.name)
             if own is not None:
-                output[:, first:last] = own(
-                    inputs[:, first:last], output[:, first:last], adapter.scale
-                )
+                found = own(inputs[:, first:last], output[:, first:last], one.scale)
+                output[:, first:last, : found.shape[-1]] = found
+        return output
+
+    def _of_base(self, inputs: Tensor, owns: list[RowFunction | None]) -> Tensor:
+        """The base's output, made to fit the largest vocabulary of the step's adapters."""
+        output: Tensor
+        sizes = [own.vocabulary or 0 for own in owns if isinstance(own, OwnModule)]
+        more = max(sizes, default=0) - self._rows if any(sizes) else 0
+        if more <= 0:
+            output = self.base(inputs)
+        elif self._is_output:
+            # The runner masks what is beyond each row's own vocabulary when the model is done.
+            output = F.pad(self.base(inputs), (0, more))
+        else:
+            # Ids that the base does not know stand in rows of which this output is replaced.
+            output = self.base(inputs.clamp(max=self._rows - 1))
         return output
 
     @property
@@ -87,7 +106,12 @@ class AdapterModule(nn.Module):
 
 
 def own_module(
-    base: Any, name: str, parameters: Mapping[str, Tensor], width: int, context: StepContext
+    base: Any,
+    name: str,
+    parameters: Mapping[str, Tensor],
+    width: int,
+    context: StepContext,
+    vocabulary: int | None = None,
 ) -> OwnModule:
     """A module like `base` with some parameters replaced; the others are shared.
 
@@ -98,12 +122,13 @@ def own_module(
         width: the length of hidden states. A norm of another length works on each head, and
             families differ in where such a norm's input has its rows.
         context: holds the kernels of the engine, if any.
+        vocabulary: the tokens of an embedding or output layer that is larger than the base's.
 
     Raises:
         AdapterError: the module is of a kind whose rows may depend on one another, or is quantized.
     """
     is_norm = type(base).__name__.endswith("Norm")
-    is_linear = isinstance(base, nn.Linear | NativeLinear)
+    is_linear = isinstance(base, nn.Linear | NativeLinear) or is_gptq(base)
     if not (is_norm or is_linear or isinstance(base, nn.Embedding)):
         raise AdapterError(
             f"the adapter replaces {name}, a {type(base).__name__}; the engine replaces linear "
@@ -115,18 +140,26 @@ def own_module(
             "norms of whole hidden states only"
         )
     new = dict(base._parameters)
-    if is_linear:  # a native layer may keep its weight in another form
-        new = {"weight": getattr(base, "weight", None), "bias": base.bias}
+    if is_linear:  # a native layer may keep its weight in another form, gptqmodel shows no tensor
+        weight = getattr(base, "weight", None)
+        new = {"weight": weight if isinstance(weight, Tensor) else None, "bias": base.bias}
+    if vocabulary is not None and new.get("bias") is not None and "bias" not in parameters:
+        raise AdapterError(
+            f"the adapter has an enlarged vocabulary and no biases for the new tokens of {name}; "
+            "PEFT does not save them, so its answers cannot be reproduced"
+        )
     for part, tensor in parameters.items():
         old = new.get(part)
         # Also catches weights that are packed: bitsandbytes stores bytes in another shape.
-        if old is None or old.shape != tensor.shape or not old.is_floating_point():
+        rows = old.shape[:1] if old is not None and vocabulary is None else (vocabulary,)
+        if old is None or tensor.shape != (*rows, *old.shape[1:]) or not old.is_floating_point():
             raise AdapterError(
                 f"the adapter replaces the {part} of {name}, which is quantized or has another "
                 "shape in this base; serve it on the unquantized base"
             )
         new[part] = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
-    return OwnModule(_linear(new, context) if is_linear else _like(base, new))
+    module = _linear(new, context) if is_linear else _like(base, new)
+    return OwnModule(module, vocabulary)
 
 
 def _linear(parameters: dict[str, Any], context: StepContext) -> nn.Module:

@@ -36,6 +36,8 @@ class GenerationRequest:
     adapter: Any = None
     """A `slots.AdapterSelection`, pinned for the request's life; None for the base itself.
     The engine compares it by identity of content and scale, never by name."""
+    tokens: Any = None
+    """The adapter's own `AdapterTokens`; None for the base's tokenizer and end tokens."""
     client: str = ""
     """Who asks. Places are shared out fairly between clients, and between adapters."""
     priority: int = 0

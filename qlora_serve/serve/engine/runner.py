@@ -48,6 +48,7 @@ class Runner:
         self.item_bytes = self._dtype.itemsize
         """Bytes of a number in the dtype that is computed in."""
         self._find_shapes()
+        self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -130,7 +131,18 @@ class Runner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
             )
-        return output.logits[0]
+        logits: Tensor = output.logits[0]
+        if logits.shape[-1] > self._vocabulary:
+            # Only now: some families bend all logits into a range (softcapping) as the last thing.
+            for row, chunk in enumerate(chunk for chunk in chunks if chunk.samples):
+                known = self.vocabulary(chunk.sequence.request.adapter)
+                logits[row, known:] = torch.finfo(logits.dtype).min
+        return logits
+
+    def vocabulary(self, adapter: Any) -> int:
+        """How many tokens a request with this adapter, or with the base, may use."""
+        own = None if adapter is None else adapter.vocabulary
+        return self._vocabulary if own is None else own
 
     def release(self, sequence: Sequence) -> None:
         """Drops what a sequence owned."""

@@ -93,6 +93,16 @@ class AdapterSelection:
         return "+".join(slot.key[0] for slot, _ in self.parts)
 
     @property
+    def vocabulary(self) -> int | None:
+        """The tokens that it knows, where that is more than the base's."""
+        return max((slot.content.vocabulary or 0 for slot in self.slots), default=0) or None
+
+    @property
+    def tokens(self) -> Any:
+        """The adapter's own `AdapterTokens`; None for the base's, as a composition has."""
+        return self.slots[0].content.tokens if len(self.slots) == 1 else None
+
+    @property
     def residents(self) -> tuple[ScaledAdapter, ...]:
         """What a step applies, one after the other. Only while the selection is acquired."""
         return tuple(ScaledAdapter(slot.resident, factor) for slot, factor in self.parts)

@@ -49,6 +49,35 @@ struct Nf4Weights {
   void prefetch(int64_t, int64_t) const {}
 };
 
+// GPTQ (arXiv:2210.17323): weight = scale * (code - zero point) of the group that the input is in.
+// Every product here is exact in float32: the scales have 11 bits and the codes at most 8.
+template <int BITS>
+struct GptqWeights {
+  // [out, blocks, 16]: a word holds 32 / BITS codes, the first in its lowest bits, and code k of word
+  // j of a block is that of input 16 * k + j: 16 neighbours are one load, one shift and one mask.
+  const uint32_t* codes;
+  const float* groups;  // [out, count, 2]: scale, and -scale * zero point
+  int64_t count;        // groups of an output
+  int64_t shift;        // input i is in group i >> shift; a group holds at least 16
+  int64_t in;           // a multiple of 16
+
+  Vector at(int64_t o, int64_t i) const {
+    typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+    typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+    constexpr int64_t kParts = 32 / BITS, kBlock = kParts * kWidth;
+    const int64_t blocks = (in + kBlock - 1) / kBlock;
+    Words words;
+    std::memcpy(&words, codes + (o * blocks + i / kBlock) * kWidth, sizeof words);
+    words = (words >> static_cast<int>(i / kWidth % kParts * BITS)) & ((1u << BITS) - 1);
+    Ints code;  // signed: processors turn these into floats more easily
+    std::memcpy(&code, &words, sizeof code);
+    const float* group = groups + (o * count + (i >> shift)) * 2;
+    return __builtin_convertvector(code, Vector) * group[0] + group[1];
+  }
+  float one(int64_t, int64_t) const { return 0; }  // `in` leaves no rest
+  void prefetch(int64_t, int64_t) const {}
+};
+
 // ROWS inputs times OUTS weight rows, with every partial sum in a register.
 template <int ROWS, int OUTS, typename Weights>
 inline void tile(const float* x, const Weights& w, const float* bias, float* y, int64_t out,
@@ -174,11 +203,12 @@ void with_updates(const float* x, int64_t in, float* y, int64_t out, const Adapt
   }
 }
 
-// y = x wᵀ + bias, plus each adapter's update of its own rows; see linear_f32.
+// y = x wᵀ + bias, plus each adapter's update of its own rows; see linear_f32. The adapters multiply
+// `low_x`, which is x unless the weights are for its columns in another order.
 template <typename Weights>
-void linear(const float* x, int64_t rows, const Weights& w, const float* bias, float* y,
+void linear(const float* x, const float* low_x, int64_t rows, const Weights& w, const float* bias, float* y,
             int64_t out, const AdapterRows* groups, int64_t count, float* low) {
-  with_updates(x, w.in, y, out, groups, count, low, kChunk, [&](int64_t first, int64_t last) {
+  with_updates(low_x, w.in, y, out, groups, count, low, kChunk, [&](int64_t first, int64_t last) {
     outputs_of_rows(x, rows, w, bias, y, out, first, last);
   });
 }
@@ -246,7 +276,7 @@ extern "C" {
 //   groups [count]; low: scratch for the sum over groups of (last - first) * rank floats
 void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const float* bias,
                 float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
-  linear(x, rows, FloatWeights{w, in}, bias, y, out, groups, count, low);
+  linear(x, x, rows, FloatWeights{w, in}, bias, y, out, groups, count, low);
 }
 
 // The same for weights in panels: [out / 32 rounded up, in, 32], filled up with zeros.
@@ -262,7 +292,34 @@ void linear_panels(const float* x, int64_t rows, int64_t in, const float* panels
 void linear_nf4(const float* x, int64_t rows, int64_t in, const uint8_t* codes,
                 const float* scales, const float* table, const float* bias, float* y, int64_t out,
                 const AdapterRows* groups, int64_t count, float* low) {
-  linear(x, rows, Nf4Weights{codes, scales, table, in}, bias, y, out, groups, count, low);
+  linear(x, x, rows, Nf4Weights{codes, scales, table, in}, bias, y, out, groups, count, low);
+}
+
+// The same for GPTQ weights of 2, 4 or 8 bits; see GptqWeights. `x` has its columns in the order of
+// the groups, `low_x` in the layer's own.
+void linear_gptq(const float* x, const float* low_x, int64_t rows, int64_t in, int64_t bits,
+                 const uint32_t* codes, const float* scales, int64_t count, int64_t shift,
+                 const float* bias, float* y, int64_t out, const AdapterRows* groups,
+                 int64_t group_count, float* low) {
+  const auto run = [&](auto w) {
+    linear(x, low_x, rows, w, bias, y, out, groups, group_count, low);
+  };
+  if (bits == 8) return run(GptqWeights<8>{codes, scales, count, shift, in});
+  if (bits == 4) return run(GptqWeights<4>{codes, scales, count, shift, in});
+  run(GptqWeights<2>{codes, scales, count, shift, in});
+}
+
+// All weights of a GPTQ layer, [out, in], for a product of many rows.
+void dequantize_gptq(int64_t in, int64_t bits, const uint32_t* codes, const float* scales,
+                     int64_t count, int64_t shift, float* weight, int64_t out) {
+  const auto run = [&](auto w) {
+#pragma omp parallel for schedule(static)
+    for (int64_t o = 0; o < out; ++o)
+      for (int64_t i = 0; i < in; i += kWidth) store(weight + o * in + i, w.at(o, i));
+  };
+  if (bits == 8) return run(GptqWeights<8>{codes, scales, count, shift, in});
+  if (bits == 4) return run(GptqWeights<4>{codes, scales, count, shift, in});
+  run(GptqWeights<2>{codes, scales, count, shift, in});
 }
 
 }  // extern "C"

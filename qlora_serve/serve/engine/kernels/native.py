@@ -72,6 +72,17 @@ class Kernels:
         self.rotate.argtypes = [
             _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
         ]  # fmt: skip
+        self.linear_gptq = library.linear_gptq
+        self.linear_gptq.restype = None
+        self.linear_gptq.argtypes = [
+            _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER,
+            _POINTER, _INT, _POINTER, _INT, _POINTER,
+        ]  # fmt: skip
+        self.dequantize_gptq = library.dequantize_gptq
+        self.dequantize_gptq.restype = None
+        self.dequantize_gptq.argtypes = [
+            _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT,
+        ]  # fmt: skip
         self.attention = library.attention_f32
         self.attention.restype = None
         self.attention.argtypes = [
