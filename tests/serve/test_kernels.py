@@ -246,7 +246,7 @@ def test_gptq_equals_gptqmodel(kernels, bits, group_size, by_activity, rows) -> 
         # An adapter's update has its inputs in their own order.
         a, b = torch.randn(3, 160), torch.randn(3, 96)
         group, blocks, low = AdapterRows(), to_blocks(b), torch.empty(rows * 3)
-        group.first, group.last, group.rank = 0, rows, 3
+        group.first, group.last, group.rank, group.scale = 0, rows, 3, 1.0
         group.a, group.b = a.data_ptr(), blocks.data_ptr()
         found = torch.empty_like(expected)
         model[0].call_kernel(hidden, found, ctypes.addressof(group), 1, low.data_ptr())

@@ -1,0 +1,43 @@
+"""An adapter's own tokenizer: used where it differs, refused where the model does not know it."""
+
+import pytest
+from tiny_models import tiny_tokenizer
+from transformers import AutoTokenizer
+
+from qlora_serve.adapters.tokens import own_tokens
+from qlora_serve.errors import AdapterError
+
+KNOWN = 512
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return AutoTokenizer.from_pretrained(tmp_path / "base")
+
+
+def test_none_and_the_same_are_the_bases(base, tmp_path):
+    assert own_tokens(tmp_path / "nothing", base, frozenset({2}), KNOWN) is None
+    assert own_tokens(tmp_path / "base", base, frozenset({2}), KNOWN) is None
+
+
+def test_added_tokens_and_another_end_of_turn_are_used(base, tmp_path):
+    own = AutoTokenizer.from_pretrained(tmp_path / "base")
+    own.add_special_tokens({"eos_token": "<|done|>"})
+    own.chat_template = own.chat_template.replace("<|im_end|>", "<|done|>")
+    own.save_pretrained(tmp_path / "own")
+    new = own.convert_tokens_to_ids("<|done|>")
+    found = own_tokens(tmp_path / "own", base, frozenset({2}), new + 1)
+    assert found is not None
+    assert found.stop_token_ids == {2, new}
+    chat = found.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert found.tokenizer(chat)["input_ids"].count(new) == 1
+    with pytest.raises(AdapterError, match=f"has a token {new}, and the model knows {new}"):
+        own_tokens(tmp_path / "own", base, frozenset({2}), new)
+
+
+def test_a_broken_one_is_refused(base, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "tokenizer.json").write_text("{")
+    with pytest.raises(AdapterError, match=r"cannot be loaded: .*remove its files"):
+        own_tokens(tmp_path / "own", base, frozenset({2}), KNOWN)
