@@ -12,8 +12,10 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.errors import MergeError
+from qlora_serve.merge.vocabulary import replaced_whole
 
 _PREFIX = "base_model.model."
+_ZERO = torch.zeros(1)
 
 OnLayer = Callable[[int], None]
 
@@ -29,26 +31,56 @@ class BakedModel:
     """Whether the base's tied embeddings had to become two matrices."""
 
 
-def attach_adapter(model: Any, adapter: AdapterFiles) -> Any:
+def attach_adapter(model: Any, adapter: AdapterFiles, weightless: bool = False) -> Any:
     """The `PeftModel` of a base model and an adapter that was checked to fit it.
 
     A tied embedding that the adapter touches is given its own storage first: an update of the one
     matrix would otherwise be written into the other too, which is not what was trained
     (PEFT issue 2777). Values, and so answers, stay the same.
 
+    Args:
+        model: the base.
+        adapter: the adapter.
+        weightless: the base has no weights but `empty_weights`; the adapter gets its own all the
+            same, by replacing tensors instead of writing into them.
+
     Raises:
         MergeError: PEFT refuses it.
     """
     if _touches_tied_embeddings(model, adapter):
         head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        weight = head.weight.detach()
+        own = weight if weightless else weight.clone()
+        head.weight = torch.nn.Parameter(own, requires_grad=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings, which are dealt with
-            return PeftModel.from_pretrained(model, str(adapter.path)).eval()
+            return PeftModel.from_pretrained(
+                model, str(adapter.path), low_cpu_mem_usage=weightless
+            ).eval()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MergeError(f"PEFT cannot load adapter {adapter.path}: {reason}") from error
+
+
+def empty_weights(skeleton: Any) -> None:
+    """Gives a model on the meta device weights on the CPU that take no memory: one shared zero.
+
+    PEFT moves an adapter to where its base's weights are, and on the meta device it would lose its
+    own.
+    """
+    made: dict[int, Any] = {}  # tied parameters stay tied
+    for module in skeleton.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                zeros = _ZERO.expand(parameter.shape)
+                made[id(parameter)] = torch.nn.Parameter(zeros, requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+
+
+def is_empty(weight: Any) -> bool:
+    """Whether a weight is one of `empty_weights`."""
+    return bool(weight.untyped_storage().data_ptr() == _ZERO.untyped_storage().data_ptr())
 
 
 def count_layers(peft_model: Any) -> int:
@@ -93,7 +125,13 @@ def _touches_tied_embeddings(model: Any, adapter: AdapterFiles) -> bool:
         return False
     paths = [name for name, module in model.named_modules() if module in (embedding, head)]
     stems = tuple(f"{_PREFIX}{path}." for path in paths)
-    return any(name.startswith(stems) for name in adapter.tensors)
+    # Whole embeddings of an enlarged vocabulary are what training started from, and tied.
+    copies = {
+        f"{_PREFIX}{path}.{infix}weight"
+        for path in paths
+        for infix in (("base_layer.",) if replaced_whole(adapter, path) else ("", "base_layer."))
+    }
+    return any(name.startswith(stems) and name not in copies for name in adapter.tensors)
 
 
 def _tie_equal_embeddings(model: Any, was_tied: bool) -> None:
@@ -112,17 +150,17 @@ def _merge_layer(layer: Any) -> float:
         raise MergeError(f"{type(layer).__name__} has no single weight to merge into")
     before = weight.detach().clone()
     layer.merge(safe_merge=True)
-    return _relative_change(before, layer.get_base_layer().weight)
+    return relative_change(before, layer.get_base_layer().weight)
 
 
 def _replacement_change(wrapper: Any) -> float:
     (name,) = wrapper.active_adapters
     new = dict(wrapper.modules_to_save[name].named_parameters())
     old = dict(wrapper.original_module.named_parameters())
-    return max(_relative_change(old[key], new[key]) for key in old)
+    return max(relative_change(old[key], new[key]) for key in old)
 
 
-def _relative_change(before: Any, after: Any) -> float:
+def relative_change(before: Any, after: Any) -> float:
     size = float(before.norm())
     change = float((after - before).norm())
     return change / size if size else change

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from qlora_serve.settings import Settings
+from qlora_serve.settings import Settings, parse_bytes
 
 OutputDType = Literal["float16", "bfloat16", "float32"]
 
@@ -33,6 +33,14 @@ class MergeSettings(Settings):
     tolerance: float | None = Field(default=None, gt=0)
     """Allowed logit difference to the adapter, as a share of the logits' standard deviation; by
     default 0.001 for float32, 0.05 for float16, 0.4 for bfloat16."""
+    force: bool = False
+    """Publish a merge that did not pass its proof; the report says so."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Merge tensor by tensor, without the model in memory; auto does so for large bases."""
+    streaming_above: str = "8GB"
+    """The size of a base's weights from which on `--streaming auto` streams."""
+    proof_dtype: OutputDType = "float32"
+    """What the proof computes in; 16 bits halve its memory, for streamed merges only."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     compare_quantized: bool = True
@@ -49,6 +57,22 @@ class MergeSettings(Settings):
             raise ValueError("expected a whole number with KB, MB or GB, like 2GB")
         return size.upper().replace("IB", "iB")
 
+    @field_validator("streaming_above")
+    @classmethod
+    def _check_threshold(cls, size: str) -> str:
+        parse_bytes(size)
+        return size
+
+    @model_validator(mode="after")
+    def _check_proof(self) -> "MergeSettings":
+        if self.proof_dtype != "float32" and self.streaming == "off":
+            raise ValueError(
+                "--proof-dtype is for streamed merges; a merge in memory computes in float32"
+            )
+        return self
+
     def tolerance_for(self, dtype: str) -> float:
-        """The given tolerance, else the default of the stored dtype."""
-        return self.tolerance if self.tolerance is not None else DEFAULT_TOLERANCES[dtype]
+        """The given tolerance, else the larger default of what is stored and computed in."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return max(DEFAULT_TOLERANCES[dtype], DEFAULT_TOLERANCES[self.proof_dtype])

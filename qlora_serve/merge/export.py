@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qlora_serve.base.load import quiet_transformers
+from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import MergeError, OutputError
 
 _GIB = 2**30
@@ -16,13 +17,19 @@ _GIB = 2**30
 _SPARE_BYTES = 32 * 2**20
 
 
-def require_space(folder: Path, model: Any, dtype: str) -> None:
+def require_space(folder: Path, weights: int, dtype: str) -> None:
     """Checks that the disk has room for the weights, before an hour is spent on writing them.
+
+    Args:
+        folder: on that disk.
+        weights: how many numbers there are.
+        dtype: what each is stored in.
 
     Raises:
         OutputError: it has not; the message has both sizes.
     """
-    needed = _stored_bytes(model, dtype) + _SPARE_BYTES
+    itemsize: int = getattr(torch, dtype).itemsize
+    needed = weights * itemsize + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
@@ -66,9 +73,31 @@ def write_model(
     tokenizer.save_pretrained(folder)
 
 
-def _stored_bytes(model: Any, dtype: str) -> int:
-    itemsize: int = getattr(torch, dtype).itemsize
-    return sum(parameter.numel() for parameter in model.parameters()) * itemsize
+def write_surroundings(
+    folder: Path, source: BaseSource, model: Any, tokenizer: Any, stop_token_ids: Iterable[int]
+) -> None:
+    """As `write_model`, but for the weights, which are there already.
+
+    Args:
+        folder: where the weights are.
+        source: the base, whose generation config is carried over.
+        model: without weights; its config is written.
+        tokenizer: with its chat template.
+        stop_token_ids: every token at which an answer ends.
+    """
+    from transformers import GenerationConfig
+
+    if (source.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    _set_generation_config(model, tokenizer, stop_token_ids)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def count_weights(model: Any) -> int:
+    """How many numbers a model's parameters hold; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _set_generation_config(model: Any, tokenizer: Any, stop_token_ids: Iterable[int]) -> None:

@@ -140,31 +140,27 @@ def compare(reference: Answers, other: Answers) -> Comparison:
     )
 
 
-def judge(merged: Comparison, base: Comparison, tolerance: float, dtype: str) -> None:
-    """Decides whether a merge may be published.
+def find_fault(merged: Comparison, base: Comparison, tolerance: float, dtype: str) -> str | None:
+    """Why a merge may not be published, in words; None when it may.
 
     Args:
         merged: the merged model against base and adapter.
         base: the base alone against base and adapter: what the adapter does.
         tolerance: the allowed `relative_difference`.
         dtype: what the merged weights are stored in.
-
-    Raises:
-        MergeError: it may not. A NaN anywhere fails too.
     """
-    if not merged.relative_difference <= tolerance:
-        raise MergeError(
+    if not merged.relative_difference <= tolerance:  # a NaN fails too
+        return (
             f"the merged model in {dtype} differs from the adapter by "
             f"{merged.relative_difference:.3g} standard deviations of the logits, more than the "
-            f"tolerance of {tolerance:g}; nothing was published. Use a wider --dtype, or set "
-            "--tolerance"
+            f"tolerance of {tolerance:g}"
         )
     if not merged.mean_kl < base.mean_kl:
-        raise MergeError(
+        return (
             f"rounding to {dtype} changes the answers more (KL {merged.mean_kl:.3g}) than the "
-            f"adapter itself does (KL {base.mean_kl:.3g}); nothing was published. Use a wider "
-            "--dtype"
+            f"adapter itself does (KL {base.mean_kl:.3g})"
         )
+    return None
 
 
 def _continue(model: Any, tokens: Any, stop_token_ids: list[int]) -> list[int]:

@@ -33,8 +33,18 @@ class MergeReport(BaseModel):
     """What the base was quantized to in training: none, nf4 ..., or unknown."""
     dtype: str
     """What the weights are stored in."""
+    streamed: bool
+    """Whether it was merged tensor by tensor, or with the model in memory."""
+    vocabulary: int
+    """The rows of its embeddings."""
+    tokenizer_from: str
+    """Whose tokenizer and chat template it has: the base's, or the adapter's own."""
+    proof_dtype: str
+    """What both sides of the proof were computed in."""
     tolerance: float
     """The allowed difference, as a share of the logits' standard deviation."""
+    fault: str | None
+    """Why the proof failed, when it did and the merge was published by force."""
     changed_modules: dict[str, float]
     """Module → size of its change as a share of its own size (Frobenius norms)."""
     untied_embeddings: bool
@@ -46,7 +56,7 @@ class MergeReport(BaseModel):
     probes_origin: str
     """Where they come from."""
     merged_against_adapter: Comparison
-    """The proof: the written model against base and adapter, both computed in float32."""
+    """The proof: the written model against base and adapter."""
     base_against_adapter: Comparison
     """What the adapter does to the base, to compare the proof with."""
     merged_against_quantized: Comparison | None

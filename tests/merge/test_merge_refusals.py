@@ -1,6 +1,7 @@
 """What `merge` refuses, each in one line and with nothing published."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError, ConfigError, MergeError, OutputError, QloraServeError
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.export import cast_weights
-from qlora_serve.merge.proof import Comparison, judge
+from qlora_serve.merge.proof import Comparison, find_fault
 from qlora_serve.merge.run import merge_adapter
 from qlora_serve.merge.sources import choose_base
 from qlora_serve.settings import load_settings
@@ -168,13 +169,25 @@ def comparison(difference: float, kl: float) -> Comparison:
         (comparison(0.01, float("nan")), comparison(0.01, 0.01), "more .* than the adapter itself"),
     ],
 )
-def test_judge_refuses(merged, base, words):
-    with pytest.raises(MergeError, match=words):
-        judge(merged, base, tolerance=0.1, dtype="float16")
+def test_fault_is_found(merged, base, words):
+    fault = find_fault(merged, base, tolerance=0.1, dtype="float16")
+    assert fault is not None
+    assert re.search(words, fault)
 
 
-def test_judge_accepts():
-    judge(comparison(0.1, 0.001), comparison(0.05, 0.01), tolerance=0.1, dtype="float16")
+def test_no_fault_within_the_tolerance():
+    merged, base = comparison(0.1, 0.001), comparison(0.05, 0.01)
+    assert find_fault(merged, base, tolerance=0.1, dtype="float16") is None
+
+
+def test_force_publishes_and_says_so(adapter, tmp_path):
+    settings = MergeSettings(
+        adapter=adapter, output=tmp_path / "out", dtype="bfloat16", tolerance=1e-6, force=True
+    )
+    report = merge_adapter(settings)
+    assert report.fault is not None
+    written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert "more than the tolerance" in written["fault"]
 
 
 def test_weights_too_large_for_float16_are_refused(tiny):
