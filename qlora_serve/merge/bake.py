@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.errors import MergeError
@@ -111,6 +111,8 @@ def bake(peft_model: Any, on_layer: OnLayer) -> BakedModel:
                     on_layer(len(changes))
                 elif isinstance(module, ModulesToSaveWrapper):
                     changes[name.removeprefix(_PREFIX)] = _replacement_change(module)
+                elif isinstance(module, TrainableTokensWrapper):
+                    changes[name.removeprefix(_PREFIX)] = _tokens_change(module)
             model = peft_model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -158,6 +160,12 @@ def _replacement_change(wrapper: Any) -> float:
     new = dict(wrapper.modules_to_save[name].named_parameters())
     old = dict(wrapper.original_module.named_parameters())
     return max(relative_change(old[key], new[key]) for key in old)
+
+
+def _tokens_change(wrapper: Any) -> float:
+    layer = wrapper.token_adapter
+    new = layer.get_merged_weights(layer.active_adapters)
+    return relative_change(layer.get_base_layer().weight, new)
 
 
 def relative_change(before: Any, after: Any) -> float:

@@ -1,4 +1,4 @@
-"""What `qlora-serve merge` can be told."""
+"""What the commands of this room can be told."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,11 @@ from pydantic import Field, field_validator, model_validator
 from qlora_serve.settings import Settings, parse_bytes
 
 OutputDType = Literal["float16", "bfloat16", "float32"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+CombineMethod = Literal[
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+    "dare_ties_svd",
+]  # fmt: skip
 
 # Allowed share of the logits' standard deviation; docs/merge.md has the measurements behind them.
 # Rounding a weight to 10 (float16) or 7 (bfloat16) stored mantissa bits moves it by at most 2^-11
@@ -41,6 +46,9 @@ class MergeSettings(Settings):
     """The size of a base's weights from which on `--streaming auto` streams."""
     proof_dtype: OutputDType = "float32"
     """What the proof computes in; 16 bits halve its memory, for streamed merges only."""
+    gguf: tuple[GgufType, ...] = ()
+    """Also write a GGUF file of this type beside the weights: f32, f16, bf16 or q8_0; may be given
+    several times."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N."""
     compare_quantized: bool = True
@@ -76,3 +84,86 @@ class MergeSettings(Settings):
         if self.tolerance is not None:
             return self.tolerance
         return max(DEFAULT_TOLERANCES[dtype], DEFAULT_TOLERANCES[self.proof_dtype])
+
+
+class CombineSettings(Settings):
+    """Settings of `combine`."""
+
+    adapters: tuple[str, ...]
+    """The adapters' directories, each with an optional weight: DIR or DIR=0.5."""
+    output: Path
+    """Where the new adapter goes: a new or empty directory."""
+    method: CombineMethod = "cat"
+    """cat and svd add the updates themselves; the others work on their factors, or with _svd on
+    the whole updates: linear (weighted sum), ties (arXiv:2306.01708), dare (arXiv:2311.03099)."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """The share of values that ties and dare keep; needed by them."""
+    rank: int | None = Field(default=None, ge=1)
+    """The rank of an SVD's result; by default the largest of the adapters'."""
+    seed: int = 0
+    """Of the values that dare drops."""
+    base: str | None = None
+    """The base; by default the one that the first adapter names."""
+    as_json: bool = Field(default=False, alias="json")
+    """Print the report as JSON on stdout."""
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_adapters(cls, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        if len(adapters) < 2:
+            raise ValueError("expected at least two adapters, each DIR or DIR=WEIGHT")
+        return adapters
+
+
+class FoldSettings(Settings):
+    """Settings of `fold`."""
+
+    adapter: Path
+    """The adapter's directory."""
+    output: Path
+    """Where the smaller adapter goes: a new or empty directory."""
+    rank: int | None = Field(default=None, ge=1)
+    """The new rank of every module."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Instead of a rank: the share of each update's squared norm to keep, such as 0.95."""
+    base: str | None = None
+    """The base; by default the one that the adapter names."""
+    as_json: bool = Field(default=False, alias="json")
+    """Print the report as JSON on stdout."""
+
+
+class ExtractSettings(Settings):
+    """Settings of `extract`."""
+
+    model: str
+    """The fine-tuned model: a directory or hub id."""
+    base: str
+    """The base that it was fine-tuned from, unquantized."""
+    output: Path
+    """Where the adapter goes: a new or empty directory."""
+    rank: int | None = Field(default=None, ge=1)
+    """The rank of every module."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Instead of a rank: the share of each change's squared norm to keep (0.9 when neither is
+    given)."""
+    save_others: bool = False
+    """Save changed norms, embeddings and biases whole (modules_to_save); else they are refused."""
+    device: str = "auto"
+    """Where to compute the proof: auto, cpu, cuda or cuda:N."""
+    as_json: bool = Field(default=False, alias="json")
+    """Print the report as JSON on stdout."""
+
+
+class ExportSettings(Settings):
+    """Settings of `export`."""
+
+    source: str
+    """A model (directory or hub id) or an adapter's directory."""
+    output: Path
+    """Where the files go: a new or empty directory."""
+    gguf: tuple[GgufType, ...] = ("f16",)
+    """The type of the weights: f32, f16, bf16 or q8_0; may be given several times."""
+    base: str | None = None
+    """An adapter's base; by default the one that it names."""
+    as_json: bool = Field(default=False, alias="json")
+    """Print the report as JSON on stdout."""

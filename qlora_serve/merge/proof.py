@@ -76,9 +76,7 @@ def choose_probes(adapter: AdapterFiles, tokenizer: Any, vocabulary: int) -> Pro
     recorded = adapter.manifest.probes if adapter.manifest is not None else []
     recorded = [ids for ids in recorded if ids][:_MAX_PROMPTS]
     if not recorded:
-        chats = ([{"role": "user", "content": text}] for text in _SHIPPED_PROMPTS)
-        texts = [render_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
-        return Probes([encode_text(tokenizer, text) for text in texts], "shipped with qlora-serve")
+        return shipped_probes(tokenizer)
     outside = [token for ids in recorded for token in ids if not 0 <= token < vocabulary]
     if outside:
         raise MergeError(
@@ -86,6 +84,13 @@ def choose_probes(adapter: AdapterFiles, tokenizer: Any, vocabulary: int) -> Pro
             f"has {vocabulary} tokens; its qlora_serve.json belongs to another base"
         )
     return Probes([ids[-_MAX_PROMPT_TOKENS:] for ids in recorded], "the adapter's own data")
+
+
+def shipped_probes(tokenizer: Any) -> Probes:
+    """The prompts that come with the tool, in a tokenizer's chat template."""
+    chats = ([{"role": "user", "content": text}] for text in _SHIPPED_PROMPTS)
+    texts = [render_chat(tokenizer, chat, add_generation_prompt=True) for chat in chats]
+    return Probes([encode_text(tokenizer, text) for text in texts], "shipped with qlora-serve")
 
 
 def follow(model: Any, probes: Probes, others: list[list[int]], on_prompt: OnPrompt) -> Answers:

@@ -63,6 +63,8 @@ class MergeReport(BaseModel):
     """What merging costs: the written model against the adapter on the quantized base."""
     merged_against_quantized_note: str
     """Why that was not measured; empty when it was."""
+    gguf: dict[str, Comparison] = {}
+    """GGUF file → its logits against the merged model's."""
     versions: dict[str, str]
     """The packages that made it."""
 

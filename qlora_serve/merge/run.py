@@ -14,6 +14,7 @@ from qlora_serve.adapters.weights import check_finite
 from qlora_serve.base.identity import weight_files
 from qlora_serve.base.load import LoadedBase, load_base
 from qlora_serve.base.skeleton import build_skeleton
+from qlora_serve.base.source import BaseSource
 from qlora_serve.base.tokenizer import stop_token_ids
 from qlora_serve.errors import MergeError
 from qlora_serve.files import published_directory, require_free_output
@@ -27,6 +28,7 @@ from qlora_serve.merge.export import (
     write_model,
     write_surroundings,
 )
+from qlora_serve.merge.gguf.export import require_exportable, write_gguf
 from qlora_serve.merge.proof import (
     Answers,
     Comparison,
@@ -142,6 +144,8 @@ def _prepare(settings: MergeSettings) -> _Job:
         skeleton = build_skeleton(base.source, enlarged)
         vocabulary = int(skeleton.get_input_embeddings().weight.shape[0])
         tokenizer, origin = choose_tokenizer(adapter, base.source, vocabulary)
+        if settings.gguf:
+            require_exportable(base.source, vocabulary, tokenizer)
     return _Job(
         settings=settings,
         adapter=adapter,
@@ -262,6 +266,14 @@ def _prove(job: _Job, reference: _Reference, written: _Written, staging: Path) -
         versions=package_versions(),
     )
     write_report(staging, report)
+    if settings.gguf:
+        gc.collect()
+        written_source = BaseSource(str(staging), staging)
+        checks = write_gguf(
+            staging, written_source, settings.gguf, settings.output.name, reference.probes
+        )
+        report = report.model_copy(update={"gguf": checks})
+        write_report(staging, report)
     return report
 
 

@@ -1,0 +1,26 @@
+"""`qlora-serve combine`."""
+
+import typer
+
+from qlora_serve.cli.options import flags_from
+from qlora_serve.merge.config import CombineSettings
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+def combine(settings: CombineSettings) -> None:
+    """Make one adapter of several adapters of the same base, each with a weight.
+
+    Examples:
+
+        qlora-serve combine adapters/polite=0.7 adapters/support=0.3 --output adapters/both
+
+        qlora-serve combine a b c --method ties --density 0.3 --output adapters/all
+    """
+    from qlora_serve.cli.new_adapter import show
+    from qlora_serve.merge.combine import combine_adapters
+
+    show(combine_adapters(settings), settings.as_json)
+
+
+app.command()(flags_from(CombineSettings, positional=("adapters",))(combine))
