@@ -103,6 +103,7 @@ def merge_streamed(
     is_untied = False
     if tied is not None:
         merger.stored[tied] = stored[embedding]
+        merger.share(embedding, tied)
         is_untied = _differ(merger, embedding, tied)
         if is_untied:
             names.append(tied)
@@ -134,6 +135,16 @@ class _Merger:
         self._modules = {
             name.removeprefix(_PREFIX): module for name, module in self.peft_model.named_modules()
         }
+
+    def share(self, embedding: str, head: str) -> None:
+        """Gives a tied output layer the embedding that the adapter brings along, as a whole."""
+        module = self._modules[embedding.rpartition(".")[0]]
+        own = self._own_value(embedding)
+        if own is None or isinstance(module, ModulesToSaveWrapper):
+            return
+        layer = _inner(self._modules[head.rpartition(".")[0]])
+        if is_empty(layer.weight):
+            layer.weight = torch.nn.Parameter(own, requires_grad=False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an output tensor."""
@@ -223,11 +234,7 @@ class _Merger:
         module = self._modules[path]
         if isinstance(module, ModulesToSaveWrapper):
             return getattr(module.modules_to_save[_ADAPTER], leaf).detach()
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter.get_base_layer()
-        elif isinstance(module, LoraLayer):
-            module = module.get_base_layer()
-        value = getattr(module, leaf, None)
+        value = getattr(_inner(module), leaf, None)
         return None if value is None or is_empty(value) else value.detach()
 
     def _cast(self, name: str, tensor: Any) -> Any:
@@ -239,6 +246,15 @@ class _Merger:
                 "--dtype bfloat16 or float32"
             )
         return cast
+
+
+def _inner(module: Any) -> Any:
+    """The base's own module, under what PEFT put around it."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.original_module
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_base_layer()
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _write(

