@@ -46,6 +46,8 @@ class MergeSettings(Settings):
     """The size of a base's weights from which on `--streaming auto` streams."""
     proof_dtype: OutputDType = "float32"
     """What the proof computes in; 16 bits halve its memory, for streamed merges only."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Also write a quantized copy of the merged model, to a directory beside it: OUTPUT-nf4."""
     gguf: tuple[GgufType, ...] = ()
     """Also write a GGUF file of this type beside the weights: f32, f16, bf16 or q8_0; may be given
     several times."""
@@ -78,6 +80,11 @@ class MergeSettings(Settings):
                 "--proof-dtype is for streamed merges; a merge in memory computes in float32"
             )
         return self
+
+    @property
+    def quantized_output(self) -> Path:
+        """Where the quantized copy goes."""
+        return self.output.with_name(f"{self.output.name}-{self.quantize}")
 
     def tolerance_for(self, dtype: str) -> float:
         """The given tolerance, else the larger default of what is stored and computed in."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_serve.adapters.manifest import Manifest, ManifestBase, write_manifest
 from qlora_serve.base.identity import fingerprint
 from qlora_serve.base.source import locate_base
+from qlora_serve.errors import OutputError
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.run import merge_adapter
 from tests.tiny_models import write_random_adapter
@@ -142,10 +143,21 @@ def test_too_little_free_space_is_said_before_writing(adapter, tmp_path, monkeyp
     import shutil
     from collections import namedtuple
 
-    from qlora_serve.errors import OutputError
-
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(OutputError, match="free some space"):
         merge_adapter(MergeSettings(adapter=adapter, output=tmp_path / "outputs" / "merged"))
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_quantized_copy_beside_the_merged_model(adapter, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from qlora_serve.base.source import locate_base as locate
+
+    settings = {"adapter": adapter, "quantize": "nf4", "compare_quantized": False}
+    merge_adapter(MergeSettings.model_validate(settings | {"output": tmp_path / "merged"}))
+    copy = locate(str(tmp_path / "merged-nf4"))
+    assert copy.quantization == "nf4"
+    assert copy.unquantized == str(tmp_path / "merged")
+    with pytest.raises(OutputError, match="merged-nf4 already holds"):
+        merge_adapter(MergeSettings.model_validate(settings | {"output": tmp_path / "merged"}))
