@@ -217,7 +217,7 @@ def test_killed_at_random_moments_nothing_half_appears(tiny, tmp_path):
     whole_time = time.monotonic() - started
     expected = tensors_of(folder / "merged")
     chance = random.Random(0)
-    for _ in range(8):
+    for _ in range(6):
         subprocess.run(["rm", "-rf", str(folder / "merged")], check=True)
         process = subprocess.Popen(
             call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
