@@ -26,7 +26,6 @@ _COMMANDS = {
     "fold": "Make an adapter's rank smaller.",
     "export": "Write a model or an adapter as GGUF.",
     "extract": "Make an adapter of a full fine-tune.",
-    "adapters": "List, show and check adapters.",
     "compare": "Ask base and adapters the same question, side by side.",
     "chat": "Talk to a served model in the terminal.",
     "base": "Prepare a base model.",
