@@ -72,3 +72,11 @@ class RequestError(QloraServeError):
 
 class EngineStoppedError(QloraServeError):
     """The engine no longer takes requests."""
+
+
+class OverloadedError(QloraServeError):
+    """Too much is waiting already; the same request may be taken a little later."""
+
+
+class RequestTimeoutError(QloraServeError):
+    """A request waited or ran for longer than the server allows."""

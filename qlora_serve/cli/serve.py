@@ -13,6 +13,24 @@ _PANELS |= dict.fromkeys(
     ("adapter_memory", "adapter_host_memory", "pin", "strict", "adapter_root", "adapters_poll"),
     "Many adapters",
 )
+_PANELS |= dict.fromkeys(
+    (
+        "max_body_size",
+        "max_messages",
+        "max_output_tokens",
+        "max_choices",
+        "max_stop_texts",
+        "max_logit_biases",
+        "max_tools",
+        "max_schema_size",
+        "schema_timeout",
+        "max_concurrent_requests",
+        "max_queued_answers",
+        "queue_timeout",
+        "request_timeout",
+    ),
+    "Caps on requests",
+)
 
 
 @app.command()

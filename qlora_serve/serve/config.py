@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_serve.adapters.folder import named_paths
 from qlora_serve.settings import Settings, parse_bytes
@@ -59,6 +59,37 @@ class ServeSettings(Settings):
     """Seconds between two looks at --adapters-dir for new, changed and removed adapters; 0 never
     looks again."""
 
+    max_body_size: str = "4MB"
+    """The largest body of a request."""
+    max_messages: int = Field(default=1024, ge=1)
+    """Messages of one chat."""
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    """The most tokens of one answer; as many as fit when left out."""
+    max_choices: int = Field(default=32, ge=1)
+    """Answers that one request may ask for: its prompts times n."""
+    max_stop_texts: int = Field(default=16, ge=0)
+    """Texts in a request's stop."""
+    max_logit_biases: int = Field(default=1024, ge=0)
+    """Entries of a request's logit_bias."""
+    max_tools: int = Field(default=128, ge=0)
+    """Functions that a request may bring."""
+    max_schema_size: str = "64KB"
+    """The largest JSON schema, regular expression or grammar."""
+    schema_timeout: float = Field(default=5.0, gt=0)
+    """Seconds that compiling a schema may take."""
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    """Requests that are worked on at once; more are refused with 503."""
+    max_queued_answers: int = Field(default=1024, ge=0)
+    """Answers that may wait for a place in the batch; more are refused with 503."""
+    queue_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a request may wait for its first token; no limit when left out."""
+    request_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that a request may take in all; no limit when left out."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call this server from a browser; none when left out."""
+    drain_timeout: float = Field(default=30.0, ge=0)
+    """Seconds that requests have to finish after SIGTERM."""
+
     @field_validator("adapter", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -69,9 +100,11 @@ class ServeSettings(Settings):
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("kv_memory", "adapter_memory", "adapter_host_memory")
+    @field_validator(
+        "kv_memory", "adapter_memory", "adapter_host_memory", "max_body_size", "max_schema_size"
+    )
     @classmethod
-    def _size(cls, value: str) -> str:
-        if value != "auto":
+    def _size(cls, value: str, info: ValidationInfo) -> str:
+        if value != "auto" or str(info.field_name).startswith("max_"):
             parse_bytes(value)
         return value

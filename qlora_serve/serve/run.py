@@ -14,6 +14,7 @@ from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.progress import console, progress
 from qlora_serve.serve.api.app import create_app
+from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.engine.engine import Engine
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _ADAPTER_SHARE = 0.125
-_GRACEFUL_SECONDS = 10
 # On a CPU a step of 256 tokens takes a good part of a second, and a request that comes waits for
 # the one that is running.
 _STEP_TOKENS = (256, 2048)
@@ -40,8 +40,9 @@ def serve(settings: ServeSettings) -> None:
         ConfigError: the address is taken, or two adapters share a name.
         BaseModelError: the base cannot be loaded.
         AdapterError: with `strict`, an adapter cannot be applied exactly.
+        EngineStoppedError: the engine broke down while serving.
     """
-    import uvicorn
+    from qlora_serve.serve.shutdown import run_until_told
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -51,10 +52,7 @@ def serve(settings: ServeSettings) -> None:
         service = build_service(settings)
         app = create_app(service)
         _announce(service, listener)
-        config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=_GRACEFUL_SECONDS
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        run_until_told(app, service, listener, settings.drain_timeout)
 
 
 def build_service(settings: ServeSettings) -> Service:
@@ -87,7 +85,9 @@ def build_service(settings: ServeSettings) -> Service:
     engine = Engine(runner, limits, registry.residency)
     registry.residency.wake = engine.wake
     roots = tuple(root.resolve() for root in settings.adapter_root)
-    return Service(base, engine, registry, folder, roots, settings.adapters_poll)
+    return Service(
+        base, engine, registry, folder, roots, settings.adapters_poll, _api_limits(settings)
+    )
 
 
 def _check_names(settings: ServeSettings, taken: set[str]) -> None:
@@ -129,6 +129,25 @@ def _load_adapters(
     if failed and settings.strict:
         raise AdapterError(f"{failed[0].reason} (--strict: {len(failed)} cannot be used)")
     return folder
+
+
+def _api_limits(settings: ServeSettings) -> ApiLimits:
+    return ApiLimits(
+        body_bytes=parse_bytes(settings.max_body_size),
+        messages=settings.max_messages,
+        output_tokens=settings.max_output_tokens,
+        choices=settings.max_choices,
+        stop_texts=settings.max_stop_texts,
+        logit_biases=settings.max_logit_biases,
+        tools=settings.max_tools,
+        schema_bytes=parse_bytes(settings.max_schema_size),
+        schema_seconds=settings.schema_timeout,
+        concurrent=settings.max_concurrent_requests,
+        queued=settings.max_queued_answers,
+        wait_seconds=settings.queue_timeout,
+        run_seconds=settings.request_timeout,
+        cors_origins=settings.cors_origins,
+    )
 
 
 def _adapter_paths(settings: ServeSettings) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
 from peft import PeftModel
-from server_process import running_server
-from tiny_models import write_random_adapter, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MESSAGES = [
@@ -21,38 +17,17 @@ MESSAGES = [
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("api")
-    base = write_tiny_model(folder / "tiny")
-    adapters = folder / "adapters"
-    for number, name in enumerate(("tagging", "tickets")):
-        write_random_adapter(adapters / name, base, seed=number)
-    return {"base": base, "adapters": adapters}
-
-
-@pytest.fixture(scope="module")
-def url(paths) -> Iterator[str]:
-    with running_server(paths["base"], "--adapters-dir", paths["adapters"]) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def expected(paths) -> dict[str, str]:
+def expected(api_paths) -> dict[str, str]:
     """What `generate` alone answers: the base, and each adapter through PEFT."""
-    tokenizer = AutoTokenizer.from_pretrained(paths["base"])
+    tokenizer = AutoTokenizer.from_pretrained(api_paths["base"])
     prompt = tokenizer.apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     answers = {}
     for name in ("tiny", "tagging", "tickets"):
-        model = AutoModelForCausalLM.from_pretrained(paths["base"], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(api_paths["base"], dtype=torch.float32)
         if name != "tiny":
-            model = PeftModel.from_pretrained(model, paths["adapters"] / name)
+            model = PeftModel.from_pretrained(model, api_paths["adapters"] / name)
         new = model.eval().generate(**prompt, max_new_tokens=24, do_sample=False)
         tokens = new[0, prompt["input_ids"].shape[1] :]
         answers[name] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -96,7 +71,7 @@ def test_stream_carries_the_same_text_an_ending_and_usage(client, expected) -> N
     assert {c.model for c in chunks} == {"tagging"}
 
 
-def test_async_requests_mixed_in_one_batch_each_get_their_own_answer(url, expected) -> None:
+def test_async_requests_mixed_in_one_batch_each_get_their_own_answer(api_url, expected) -> None:
     async def one(client, who: str, stream: bool) -> tuple[str, str]:
         answer = await _ask(client, model=who, stream=stream)
         if not stream:
@@ -105,7 +80,7 @@ def test_async_requests_mixed_in_one_batch_each_get_their_own_answer(url, expect
         return who, "".join(pieces)
 
     async def everyone() -> list[tuple[str, str]]:
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused") as client:
+        async with openai.AsyncOpenAI(base_url=f"{api_url}/v1", api_key="unused") as client:
             names = ["tiny", "tagging", "tickets"] * 4
             return await asyncio.gather(*(one(client, w, n % 2 == 0) for n, w in enumerate(names)))
 
@@ -133,9 +108,22 @@ def test_an_unknown_name_is_404_and_lists_the_known_ones(client, body) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"n": 2}, "n=2 is not supported"),
-        ({"logprobs": True}, "logprobs=True is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"n": 33}, "n: 33 answers in one request; this server takes at most 32"),
+        ({"n": "2"}, "n: Input should be a valid integer"),
+        ({"stop": ["x"] * 17}, "stop: 17 texts; this server takes at most 16"),
+        ({"stop": "x" * 1025}, "stop: 1025 characters in one text"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
+        ({"logit_bias": {"512": 1}}, "there is no token 512; ids are 0 to 511"),
+        ({"logit_bias": {"x": 1}}, "expected token ids as keys"),
+        ({"logit_bias": {"5": 101}}, "the bias of token 5 is 101.0; expected -100 to 100"),
+        ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, "min_tokens=9 is more than"),
+        ({"store": True}, "store=True is not supported here"),
+        ({"modalities": ["text", "audio"]}, "modalities=['text', 'audio'] is not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort: this field is not supported"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction: this field is not"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "needs the tool_call_id"),
+        ({"messages": [{"role": "user"}]}, "messages.0: content is missing"),
+        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "name is not supported"),
         ({"extra_body": {"beam_width": 4}}, "beam_width: this field is not supported"),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
         ({"top_p": 0}, "top_p: Input should be greater than 0"),
@@ -171,8 +159,8 @@ def test_seed_stop_and_text_parts(client) -> None:
     assert _ask(client, **hot, messages=parts).choices[0].message.content == first
 
 
-def test_health_ready_and_bad_bodies(url) -> None:
-    with httpx.Client(base_url=url) as http:
+def test_health_ready_and_bad_bodies(api_url) -> None:
+    with httpx.Client(base_url=api_url) as http:
         assert http.get("/health").json() == {"status": "alive"}
         assert http.get("/ready").json() == {"status": "ready"}
         for content, header, said in (
@@ -190,9 +178,9 @@ def test_health_ready_and_bad_bodies(url) -> None:
         assert "/v1/chat/completions" in http.get("/openapi.json").json()["paths"]
 
 
-def test_raw_stream_ends_with_done(url) -> None:
+def test_raw_stream_ends_with_done(api_url) -> None:
     body = {"messages": MESSAGES, "max_tokens": 3, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+    with httpx.stream("POST", f"{api_url}/v1/chat/completions", json=body) as response:
         lines = [line for line in response.iter_lines() if line.startswith("data:")]
     assert response.headers["content-type"].startswith("text/event-stream")
     assert lines[-1] == "data: [DONE]"

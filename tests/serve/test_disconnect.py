@@ -6,10 +6,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
+from in_process_server import serving
 from tiny_models import write_tiny_model
 
-from qlora_serve.serve.api.app import create_app
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.engine.request import Sequence
@@ -20,32 +19,17 @@ from qlora_serve.serve.run import build_service
 def served(tmp_path: Path) -> Iterator[tuple[Service, str]]:
     base = write_tiny_model(tmp_path / "tiny")
     service = build_service(ServeSettings(base=str(base), max_sequences=1))
-    started, stopped = threading.Event(), threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            started.set()
-
-    server = Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
-
-    def run() -> None:
-        server.run()
-        stopped.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    assert started.wait(30)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield service, f"http://127.0.0.1:{port}/v1/chat/completions"
-    server.should_exit = True
-    assert stopped.wait(30)
+    with serving(service) as url:
+        yield service, f"{url}/v1/chat/completions"
 
 
+@pytest.mark.parametrize("choices", [1, 3])
 @pytest.mark.parametrize("stream", [True, False])
-def test_leaving_ends_the_request(served, stream) -> None:
+def test_leaving_ends_the_request_and_all_its_choices(served, stream, choices) -> None:
     service, url = served
     begun, over = threading.Event(), threading.Event()
     seen: list[Sequence] = []
+    ended: list[Sequence] = []
     engine = service.engine
     real_advance, real_end = engine._advance, engine._end
 
@@ -56,7 +40,9 @@ def test_leaving_ends_the_request(served, stream) -> None:
 
     def end(sequence: Sequence, ending) -> None:
         real_end(sequence, ending)
-        over.set()
+        ended.append(sequence)
+        if len(ended) == choices:
+            over.set()
 
     engine._advance, engine._end = advance, end
     body = {
@@ -64,6 +50,7 @@ def test_leaving_ends_the_request(served, stream) -> None:
         "max_tokens": 480,
         "ignore_eos": True,
         "stream": stream,
+        "n": choices,
     }
 
     def ask_and_leave() -> None:
@@ -80,4 +67,4 @@ def test_leaving_ends_the_request(served, stream) -> None:
     ask_and_leave()
     assert over.wait(30)
     assert len(seen[0].generated) < 480
-    assert engine.scheduler.running == 0
+    assert engine.scheduler.sequences() == []

@@ -21,7 +21,11 @@ router = APIRouter(tags=["adapters"])
 class LoadBody(BaseModel):
     """`POST /v1/adapters`."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "tagging", "path": "adapters/tagging"}]},
+        extra="forbid",
+        use_attribute_docstrings=True,
+    )
 
     name: str
     """The name to serve it under; an adapter of that name is replaced."""
@@ -35,7 +39,11 @@ class LoadBody(BaseModel):
 class ChangeBody(BaseModel):
     """`PATCH /v1/adapters/{name}`."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"pin": True}]},
+        extra="forbid",
+        use_attribute_docstrings=True,
+    )
 
     pin: bool | None = None
     """Keep it on the device, or let it go when there is need."""
@@ -46,7 +54,10 @@ class ChangeBody(BaseModel):
 class VllmLoadBody(BaseModel):
     """vLLM's `POST /v1/load_lora_adapter`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"lora_name": "tagging", "lora_path": "adapters/tagging"}]},
+        extra="forbid",
+    )
 
     lora_name: str = Field(min_length=1)
     lora_path: Path
@@ -55,7 +66,9 @@ class VllmLoadBody(BaseModel):
 class VllmUnloadBody(BaseModel):
     """vLLM's `POST /v1/unload_lora_adapter`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"lora_name": "tagging"}]}, extra="forbid"
+    )
 
     lora_name: str = Field(min_length=1)
     lora_int_id: int | None = None

@@ -4,11 +4,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from qlora_serve import __version__
-from qlora_serve.serve.api import adapters, chat, errors
+from qlora_serve.serve.api import adapters, chat, completions, errors, responses, tokens
+from qlora_serve.serve.api.answers import ERRORS, ModelCard, ModelList, StatusAnswer
+from qlora_serve.serve.api.door import Door
 from qlora_serve.serve.api.service import Service
 
 
@@ -28,36 +32,49 @@ def create_app(service: Service) -> FastAPI:
         version=__version__,
         summary="One base model, many adapters, chosen per request.",
         lifespan=lifespan,
+        responses=ERRORS,
     )
     app.state.service = service
+    app.add_middleware(Door, limits=service.limits)
+    if service.limits.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.limits.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     errors.install(app)
     app.include_router(chat.router)
     app.include_router(adapters.router)
+    app.include_router(completions.router)
+    app.include_router(responses.router)
+    app.include_router(tokens.router)
     _add_models(app, service)
     _add_health(app, service)
     return app
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    def card(name: str, parent: str | None) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.started,
-            "owned_by": "qlora-serve",
-            "root": service.base_name,
-            "parent": parent,
-        }
+    def card(name: str, parent: str | None) -> ModelCard:
+        return ModelCard(
+            id=name,
+            object="model",
+            created=service.started,
+            owned_by="qlora-serve",
+            root=service.base_name,
+            parent=parent,
+        )
 
     @app.get("/v1/models", tags=["models"], summary="The base and every adapter")
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """Lists the base first; an adapter's `parent` is the base."""
         cards = [card(service.base_name, None)]
         cards += [card(name, service.base_name) for name in service.adapters.names()]
-        return {"object": "list", "data": cards}
+        return ModelList(object="list", data=cards)
 
     @app.get("/v1/models/{name:path}", tags=["models"], summary="One model")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> ModelCard:
         """The base or one adapter; 404 lists the known names."""
         adapter = service.choose(name, None)
         return card(adapter.name if adapter else service.base_name,
@@ -65,17 +82,46 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    def state(request: Request, word: str) -> JSONResponse:
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"model": StatusAnswer},
+        503: {"model": StatusAnswer, "description": "It does not, and why"},
+    }
+
+    def state(word: str) -> JSONResponse:
         if service.engine.is_alive:
             return JSONResponse({"status": word})
         return JSONResponse({"status": "the engine does not run"}, 503)
 
-    @app.get("/health", tags=["health"], summary="Is the process alive?", response_model=None)
-    async def health(request: Request) -> JSONResponse:
+    @app.get(
+        "/health",
+        tags=["health"],
+        summary="Is the process alive?",
+        response_model=None,
+        responses=states,
+    )
+    async def health() -> JSONResponse:
         """200 while the engine's thread runs."""
-        return state(request, "alive")
+        return state("alive")
 
-    @app.get("/ready", tags=["health"], summary="Does it take traffic?", response_model=None)
-    async def ready(request: Request) -> JSONResponse:
+    @app.get(
+        "/ready",
+        tags=["health"],
+        summary="Does it take traffic?",
+        response_model=None,
+        responses=states,
+    )
+    async def ready() -> JSONResponse:
         """200 once base and adapters are loaded and requests are taken."""
-        return state(request, "ready")
+        if service.traffic.is_draining:
+            return JSONResponse({"status": "the server is shutting down"}, 503)
+        return state("ready")
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Counters for Prometheus",
+        response_class=PlainTextResponse,
+    )
+    async def metrics() -> PlainTextResponse:
+        """Requests, tokens, latencies and the cache, by adapter."""
+        return PlainTextResponse(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)

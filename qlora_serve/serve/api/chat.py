@@ -1,174 +1,149 @@
 """`POST /v1/chat/completions`."""
 
-import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse
 
-from qlora_serve.errors import RequestError
-from qlora_serve.serve.api.errors import error_body
-from qlora_serve.serve.api.schemas import ChatRequest
-from qlora_serve.serve.api.service import Service
-from qlora_serve.serve.engine.request import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Sampling,
-    Usage,
+from qlora_serve.serve.api.answers import ChatAnswer, whole_or_stream
+from qlora_serve.serve.api.chat_body import ChatRequest
+from qlora_serve.serve.api.chat_prompt import prepare_chat
+from qlora_serve.serve.api.generation import (
+    Gathered,
+    StreamWriter,
+    answer_stream,
+    answer_whole,
+    total_usage,
+    usage_body,
 )
+from qlora_serve.serve.api.logprobs import chat_logprobs
+from qlora_serve.serve.api.service import Service
+from qlora_serve.serve.api.tool_format import ToolFormat
+from qlora_serve.serve.api.tool_parser import ToolParser, piece_delta, whole_calls
+from qlora_serve.serve.engine.request import Delta, Finished, GenerationRequest, Usage
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", tags=["chat"], summary="Answer a chat", response_model=None)
+@router.post(
+    "/v1/chat/completions",
+    tags=["chat"],
+    summary="Answer a chat",
+    response_model=None,
+    responses=whole_or_stream(ChatAnswer),
+)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers with the base, or with the adapter that `adapter` or `model` names."""
     service: Service = request.app.state.service
     adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
-    tokens = None if adapter is None else adapter.tokens
-    prompt = await service.tokenize_chat([m.as_template_input() for m in body.messages], tokens)
-    generation = GenerationRequest(
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        prompt=prompt,
-        sampling=_sampling(body, len(prompt), service),
-        adapter=adapter,
-        tokens=tokens,
-    )
-    answer = _Answer(generation.request_id, adapter.name if adapter else service.base_name)
+    answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+    requests, form = await prepare_chat(service, body, answer_id, adapter)
+    name = adapter.name if adapter else service.base_name
+    answer = _Answer(service, body, requests, answer_id, name)
+    if form is not None:
+        answer.read_calls(form)
     if body.stream:
-        return await _stream(service, generation, answer, body)
-    async with service.generate(generation) as events:
-        ending, text = await _collect(request, events)
-    if ending is None:
-        return Response(status_code=499)  # the client has gone; nobody reads this
-    if isinstance(ending, Failed):
-        return JSONResponse(error_body(ending.message, "server_error"), 500)
-    return JSONResponse(answer.whole(text, ending))
+        return await answer_stream(service, requests, answer)
+    return await answer_whole(request, service, requests, answer.whole)
 
 
-def _sampling(body: ChatRequest, prompt_tokens: int, service: Service) -> Sampling:
-    limits = service.engine.limits
-    room = limits.longest - prompt_tokens
-    if room <= 0:
-        reason = limits.refusal(prompt_tokens, 1)
-        raise RequestError(str(reason), param="messages")
-    return Sampling(
-        max_tokens=body.token_limit or room,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        stop=tuple(body.stop),
-        ignore_eos=body.ignore_eos,
-    )
-
-
-async def _collect(
-    request: Request, events: AsyncIterator[Event]
-) -> tuple[Finished | Failed | None, str]:
-    """Gathers a whole answer; the ending is None when the client went away first."""
-
-    async def gather() -> tuple[Finished | Failed | None, str]:
-        pieces: list[str] = []
-        async for event in events:
-            if not isinstance(event, Delta):
-                return event, "".join(pieces)
-            pieces.append(event.text)
-        return None, ""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    gathering, leaving = asyncio.create_task(gather()), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({gathering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return gathering.result() if gathering.done() else (None, "")
-    finally:
-        for task in (gathering, leaving):
-            task.cancel()
-        await asyncio.gather(gathering, leaving, return_exceptions=True)
-
-
-async def _stream(
-    service: Service, generation: GenerationRequest, answer: "_Answer", body: ChatRequest
-) -> Response:
-    # Entered before the first byte is sent, so that a refusal is still a plain 400.
-    running = service.generate(generation)
-    events = await running.__aenter__()
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-
-    async def chunks() -> AsyncIterator[str]:
-        try:
-            yield answer.chunk({"role": "assistant", "content": ""})
-            async for event in events:
-                if isinstance(event, Delta):
-                    yield answer.chunk({"content": event.text})
-                elif isinstance(event, Failed):
-                    yield json.dumps(error_body(event.message, "server_error"))
-                    return
-                else:
-                    yield answer.chunk({}, event.reason)
-                    if with_usage:
-                        yield answer.usage_chunk(event.usage)
-            yield "[DONE]"
-        finally:
-            await running.__aexit__(None, None, None)
-
-    return EventSourceResponse(chunks(), sep="\n")
-
-
-class _Answer:
+class _Answer(StreamWriter):
     """The shape of an answer, whole or in chunks."""
 
-    def __init__(self, answer_id: str, model: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: ChatRequest,
+        requests: list[GenerationRequest],
+        answer_id: str,
+        model: str,
+    ) -> None:
+        self._texts = service.texts_of(requests[0].adapter)
+        self._body = body
+        self._requests = requests
+        self._parsers: list[ToolParser] = []
         self._common = {"id": answer_id, "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, ending: Finished) -> dict[str, Any]:
+    def read_calls(self, form: ToolFormat) -> None:
+        """From now on, tool calls are read out of the text."""
+        only_one = not self._body.parallel_tool_calls
+        self._parsers = [ToolParser(form, only_one) for _ in self._requests]
+
+    def whole(self, gathered: list[Gathered]) -> dict[str, Any]:
         """A `chat.completion`."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": ending.reason,
-        }
+        choices = []
+        for index, one in enumerate(gathered):
+            assert isinstance(one.ending, Finished)
+            choices.append(
+                {
+                    "index": index,
+                    "message": self._message(index, one.text),
+                    "logprobs": self._logprobs(one.logprobs),
+                    "finish_reason": self._reason(index, one.ending),
+                }
+            )
+        usage = total_usage(self._requests, [one.ending for one in gathered])
         return {
             **self._common,
             "object": "chat.completion",
-            "choices": [choice],
-            "usage": _usage(ending.usage),
+            "choices": choices,
+            "usage": usage_body(usage),
         }
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
-        """A `chat.completion.chunk`, as JSON."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return json.dumps(
-            {**self._common, "object": "chat.completion.chunk", "choices": [choice]},
-            ensure_ascii=False,
-        )
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._parsers:
+            parser = self._parsers[index]
+            content, calls = whole_calls([*parser.feed(text), *parser.finish()])
+            message["content"] = content or (None if calls else "")
+            if calls:
+                message["tool_calls"] = calls
+        return message
 
-    def usage_chunk(self, usage: Usage) -> str:
-        """The chunk without choices that carries the counts."""
-        return json.dumps(
-            {
-                **self._common,
-                "object": "chat.completion.chunk",
-                "choices": [],
-                "usage": _usage(usage),
-            }
-        )
+    def _reason(self, index: int, ending: Finished) -> str:
+        has_called = bool(self._parsers) and self._parsers[index].calls > 0
+        return "tool_calls" if has_called and ending.reason == "stop" else ending.reason
 
+    def head(self) -> Iterable[str]:
+        """A chunk with the role for each choice."""
+        for index in range(len(self._requests)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
 
-def _usage(usage: Usage) -> dict[str, int]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+    def event(self, number: int, event: Delta | Finished) -> Iterable[str]:
+        """A chunk for each event, and for each part of a tool call."""
+        logprobs = None if isinstance(event, Finished) else self._logprobs(event.logprobs)
+        if not self._parsers:
+            if isinstance(event, Delta):
+                yield self._chunk(number, {"content": event.text}, logprobs)
+        else:
+            parser = self._parsers[number]
+            pieces = parser.feed(event.text) if isinstance(event, Delta) else parser.finish()
+            deltas = [piece_delta(piece) for piece in pieces]
+            if not deltas and logprobs is not None:
+                deltas = [{}]  # tokens of a marker, or held back: their log-probabilities go out
+            for delta in deltas:
+                yield self._chunk(number, delta, logprobs)
+                logprobs = None
+        if isinstance(event, Finished):
+            yield self._chunk(number, {}, reason=self._reason(number, event))
+
+    def tail(self, usage: Usage) -> Iterable[str]:
+        """The counts, when they were asked for, and the end."""
+        if self._body.wants_usage:
+            yield self._json([], usage=usage_body(usage))
+        yield "[DONE]"
+
+    def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
+        return chat_logprobs(self._texts, tokens) if self._body.logprobs else None
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None,
+               reason: str | None = None) -> str:  # fmt: skip
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._json([choice])
+
+    def _json(self, choices: list[Any], **more: Any) -> str:
+        chunk = {**self._common, "object": "chat.completion.chunk", "choices": choices, **more}
+        return json.dumps(chunk, ensure_ascii=False)

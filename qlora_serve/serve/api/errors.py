@@ -12,14 +12,17 @@ from qlora_serve.errors import (
     AdapterError,
     EngineStoppedError,
     ForbiddenPathError,
+    OverloadedError,
     QloraServeError,
     RequestError,
+    RequestTimeoutError,
     UnknownAdapterError,
 )
 
 log = logging.getLogger(__name__)
 
 _UNUSABLE = "adapter_unusable"
+_RETRY_SECONDS = "1"
 _NOT_AN_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
 
 
@@ -27,6 +30,8 @@ def error_body(
     message: str, kind: str = "invalid_request_error", param: str | None = None, code: Any = None
 ) -> dict[str, Any]:
     """An error as the openai client reads it."""
+    # A message may quote half a surrogate pair from the body, which no answer can carry.
+    message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -51,7 +56,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
             where, message = "", f"the body is not JSON: {item.get('ctx', {}).get('error', '')}"
         if tuple(item["loc"]) == ("body",) and item["type"] in _NOT_AN_OBJECT:
             message = "expected a JSON object, sent with the header Content-Type: application/json"
-        param = param or where or None
+        named = item.get("ctx", {}).get("param") if item["type"] == "refused" else None
+        param = param or where or named
         messages.append(f"{where}: {message}" if where else message)
     return JSONResponse(error_body("; ".join(messages), param=param), 400)
 
@@ -68,6 +74,9 @@ async def _domain(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(str(error), "adapter_error", "adapter", _UNUSABLE), 422)
     if isinstance(error, EngineStoppedError):
         return JSONResponse(error_body(str(error), "server_error"), 503)
+    if isinstance(error, OverloadedError | RequestTimeoutError):
+        body = error_body(str(error), "server_error", code="overloaded")
+        return JSONResponse(body, 503, {"retry-after": _RETRY_SECONDS})
     if isinstance(error, RequestError):
         return JSONResponse(error_body(str(error), param=error.param), 400)
     log.error("unexpected domain error", exc_info=error)

@@ -2,17 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.tokenizer import encode_text, render_chat
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
+from qlora_serve.serve.api.limits import ApiLimits
+from qlora_serve.serve.api.metrics import Metrics
+from qlora_serve.serve.api.structured import GuideStore
+from qlora_serve.serve.api.token_text import TokenTexts
+from qlora_serve.serve.api.traffic import Passage, Traffic
 from qlora_serve.serve.engine.engine import Engine
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.request import Delta, Event, GenerationRequest
@@ -22,6 +28,7 @@ from qlora_serve.serve.engine.watch import AdapterFolder
 BASE_ALIAS = "base"
 Wanted = str | Sequence[tuple[str, float]]
 """An adapter's name, or names with weights."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,6 +44,7 @@ class Service:
     """Where else adapters may be loaded from at run time; resolved."""
     poll_seconds: float = 0.0
     """Between two looks at the folder; 0 for none."""
+    limits: ApiLimits = field(default_factory=ApiLimits)
     started: int = field(default_factory=lambda: int(time.time()))
     # One thread: templates and tokenization stay off the event loop, and a fast tokenizer is not
     # meant to be used from several threads at once.
@@ -107,8 +115,32 @@ class Service:
         """The names under which the base itself answers."""
         return frozenset({self.base_name, self.base.source.name, BASE_ALIAS})
 
+    @cached_property
+    def metrics(self) -> Metrics:
+        """What is counted."""
+        return Metrics(self.engine, self.base_name)
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Answers on their way."""
+        return Traffic(self.limits, self.engine.limits.max_sequences, self.metrics)
+
+    @cached_property
+    def guides(self) -> GuideStore:
+        """Compiled grammars."""
+        return GuideStore(self.base, self.limits)
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """What each token of the base says."""
+        return TokenTexts(self.base.tokenizer)
+
     async def tokenize_chat(
-        self, messages: Sequence[dict[str, Any]], tokens: AdapterTokens | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        tokens: AdapterTokens | None = None,
     ) -> tuple[int, ...]:
         """Prompt token ids of a chat, ready for the assistant's turn.
 
@@ -119,43 +151,134 @@ class Service:
         Raises:
             RequestError: the base's chat template refuses the messages.
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, self._tokenize, messages, tokens
+
+        tokenizer = (tokens or self.base).tokenizer
+
+        def tokenize() -> tuple[int, ...]:
+            try:
+                text = render_chat(tokenizer, messages, add_generation_prompt, tools)
+                return tuple(encode_text(tokenizer, text))
+            except BaseModelError as error:
+                raise RequestError(str(error), param="messages") from None
+            except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+                # A template that meets what it was not written for fails like any program.
+                raise RequestError(
+                    f"the chat template cannot render these messages: {error}", param="messages"
+                ) from None
+
+        return await self.off_the_loop(tokenize)
+
+    async def tokenize_text(
+        self, text: str, add_special_tokens: bool = True, tokens: AdapterTokens | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a plain text, with the special tokens that the tokenizer adds."""
+        tokenizer = (tokens or self.base).tokenizer
+
+        def tokenize() -> tuple[int, ...]:
+            encoded = tokenizer(text, add_special_tokens=add_special_tokens)
+            return tuple(encoded["input_ids"])
+
+        return await self.off_the_loop(tokenize)
+
+    async def detokenize(
+        self, tokens: Sequence[int], adapter: AdapterSelection | None = None
+    ) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            RequestError: an id is not in the vocabulary.
+        """
+        self.check_token_ids(tokens, "tokens", adapter)
+        tokenizer = (own_tokens(adapter) or self.base).tokenizer
+        return str(
+            await self.off_the_loop(
+                lambda: tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+            )
         )
 
-    def _tokenize(
-        self, messages: Sequence[dict[str, Any]], tokens: AdapterTokens | None
-    ) -> tuple[int, ...]:
-        tokenizer = (tokens or self.base).tokenizer
-        try:
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
-        except BaseModelError as error:
-            raise RequestError(str(error), param="messages") from None
-        return tuple(encode_text(tokenizer, text))
+    def check_token_ids(
+        self, tokens: Iterable[int], param: str, adapter: AdapterSelection | None = None
+    ) -> None:
+        """Refuses ids that the model has no embedding for.
+
+        Raises:
+            RequestError: naming the first such id.
+        """
+        known = self.engine.runner.vocabulary(adapter)
+        for token in tokens:
+            if not 0 <= token < known:
+                raise RequestError(f"there is no token {token}; ids are 0 to {known - 1}", param)
+
+    def texts_of(self, adapter: AdapterSelection | None) -> TokenTexts:
+        """What each token says in an adapter's answers."""
+        own = own_tokens(adapter)
+        return self.token_texts if own is None else TokenTexts(own.tokenizer)
+
+    def guides_of(self, adapter: AdapterSelection | None) -> GuideStore:
+        """Where grammars for an adapter's answers are compiled.
+
+        Raises:
+            RequestError: it has a tokenizer of its own, and grammars are made for the base's.
+        """
+        if own_tokens(adapter) is not None:
+            assert adapter is not None
+            raise RequestError(
+                f"adapter {adapter.name!r} has a tokenizer of its own, and structured output "
+                "works with the base's only",
+                "response_format",
+            )
+        return self.guides
+
+    async def off_the_loop(self, work: Callable[[], T]) -> T:
+        """Runs what needs the tokenizer in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
 
     @asynccontextmanager
     async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        """Submits a request and gives its events, the ending last.
+        """Submits one request and gives its events, the ending last; see `generate_all`."""
+        async with self.generate_all([request]) as numbered:
 
-        Leaving the block early, by an exception or because the client went away, aborts it.
+            async def events() -> AsyncIterator[Event]:
+                async for _, event in numbered:
+                    yield event
+
+            yield events()
+
+    @asynccontextmanager
+    async def generate_all(
+        self, requests: Sequence[GenerationRequest]
+    ) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
+        """Submits requests and gives their events, with the request's place, until all have ended.
+
+        Leaving the block early, by an exception or because the client went away, aborts them all.
 
         Raises:
-            RequestError: it can never run.
+            RequestError: one can never run.
             EngineStoppedError: the engine takes no more requests.
+            OverloadedError: too many are waiting.
+            RequestTimeoutError: from the events, when waiting or running took too long.
         """
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+        def deliver_as(number: int) -> Callable[[Event], None]:
+            def deliver(event: Event) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
-        self.engine.submit(request, deliver)
+            return deliver
+
+        passage = self.traffic.enter(requests, events.put_nowait)
         try:
-            async with aclosing(_until_ending(events)) as stream:
+            for number, request in enumerate(requests):
+                self.engine.submit(request, deliver_as(number))
+            async with aclosing(_until_all_end(events, len(requests), passage)) as stream:
                 yield stream
         finally:
-            # Harmless when it has ended; and never awaited, since we may be being cancelled.
-            self.engine.abort(request.request_id)
+            passage.leave()
+            # Harmless for those that have ended or were never accepted; and never awaited, since
+            # we may be being cancelled.
+            for request in requests:
+                self.engine.abort(request.request_id)
 
     def start(self) -> None:
         """Starts the engine, and the watch over the folder of adapters."""
@@ -169,12 +292,22 @@ class Service:
             self.folder.stop()
         self.engine.stop()
         self.adapters.close()
+        self.guides.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
 
-async def _until_ending(events: asyncio.Queue[Event]) -> Any:
-    while True:
-        event = await events.get()
-        yield event
-        if not isinstance(event, Delta):
-            return
+async def _until_all_end(
+    events: asyncio.Queue[tuple[int, Event] | Exception], count: int, passage: Passage
+) -> Any:
+    while count:
+        item = await events.get()
+        if isinstance(item, Exception):
+            raise item
+        passage.event(*item)
+        count -= not isinstance(item[1], Delta)
+        yield item
+
+
+def own_tokens(adapter: AdapterSelection | None) -> AdapterTokens | None:
+    """The tokenizer that an adapter brings along; None for the base's."""
+    return None if adapter is None else adapter.tokens

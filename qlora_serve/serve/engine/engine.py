@@ -8,7 +8,6 @@ from typing import Any
 from qlora_serve.errors import EngineStoppedError, RequestError
 from qlora_serve.serve.engine.request import (
     Deliver,
-    Delta,
     Event,
     Failed,
     Finished,
@@ -17,9 +16,10 @@ from qlora_serve.serve.engine.request import (
     Sequence,
 )
 from qlora_serve.serve.engine.runner import Runner
+from qlora_serve.serve.engine.sampler import RowSampler
 from qlora_serve.serve.engine.scheduler import Chunk, Limits, Scheduler, Step
 from qlora_serve.serve.engine.slots import AdapterSlots
-from qlora_serve.serve.engine.text import TextAssembler
+from qlora_serve.serve.engine.text import AnswerStream
 
 log = logging.getLogger(__name__)
 
@@ -145,16 +145,25 @@ class Engine:
             if aborted is not None:
                 self._finish(aborted, "abort")
             return
-        tokens = item.request.tokens or self.runner.base
-        item.text = TextAssembler(tokens.tokenizer, item.request.sampling.stop)
-        self.scheduler.add(item)
+        request = item.request
+        try:
+            tokens = request.tokens or self.runner.base
+            item.text = AnswerStream(tokens.tokenizer, request.sampling.stop, request.visible_ids)
+            item.sampler = RowSampler(request, self._stops(request))
+            self.scheduler.add(item)
+        except Exception as error:  # a request that cannot even begin ends alone
+            log.exception("request %s could not begin", request.request_id)
+            self._end(item, Failed(f"internal error: {error}", item.usage))
+
+    def _stops(self, request: GenerationRequest) -> frozenset[int]:
+        own: frozenset[int] | None = request.tokens and request.tokens.stop_token_ids
+        return self._stop_ids if own is None else own
 
     def _record(self, chunks: list[Chunk], tokens: list[tuple[Sequence, int | None]]) -> None:
         for sequence, token in tokens:
             if token is None:
-                message = "the model's output was not finite (NaN); the adapter may have diverged"
                 # Its keys and values may be what is wrong: nobody else shall get them.
-                self._end(sequence, Failed(message, sequence.usage), keep=False)
+                self._end(sequence, Failed(sequence.sampler.fault, sequence.usage), keep=False)
         for chunk in chunks:
             if not chunk.sequence.ended:
                 self.scheduler.record(chunk)
@@ -171,25 +180,25 @@ class Engine:
         """Appends one token to a sequence and ends it when it is complete."""
         sampling = sequence.request.sampling
         sequence.generated.append(token)
-        own = sequence.request.tokens
-        stops = self._stop_ids if own is None else own.stop_token_ids
-        if token in stops and not sampling.ignore_eos:
+        if token in self._stops(sequence.request) and not sampling.ignore_eos:
             self._finish(sequence, "stop")
             return
-        text = sequence.text.push(token)
-        if text:
-            sequence.deliver(Delta(text, (token,)))
-        if sequence.text.stopped:
+        may_stop = len(sequence.generated) > sampling.min_tokens
+        delta = sequence.text.push(token, sequence.sampler.logprobs, may_stop)
+        if delta is not None:
+            sequence.deliver(delta)
+        if sequence.text.stopped or sequence.sampler.is_complete:
             self._finish(sequence, "stop")
         elif len(sequence.generated) >= sampling.max_tokens:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        rest = sequence.text.finish() if sequence.text is not None and reason != "abort" else ""
-        if rest:
-            sequence.deliver(Delta(rest, ()))
-        if sequence.text is not None and sequence.text.stopped and reason == "length":
-            reason = "stop"  # the held-back text completed a stop text
+        if sequence.text is not None and reason != "abort":
+            rest = sequence.text.finish()
+            if rest is not None:
+                sequence.deliver(rest)
+            if sequence.text.stopped and reason == "length":
+                reason = "stop"  # the held-back text completed a stop text
         self._end(sequence, Finished(reason, sequence.usage))
 
     def _fail_step(self, step: Step, error: Exception) -> None:
@@ -206,7 +215,6 @@ class Engine:
             return
         sequence.ended = True
         self.scheduler.remove(sequence, keep)
-        self.runner.release(sequence)
         self._live.pop(sequence.request.request_id, None)
         try:
             sequence.deliver(ending)

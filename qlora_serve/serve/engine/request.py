@@ -17,12 +17,29 @@ class Sampling:
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
     """Samples among the fewest tokens whose probabilities reach this sum (arXiv:1904.09751)."""
+    top_k: int = 0
+    """Samples among this many most likely tokens; 0 is all."""
+    min_p: float = 0.0
+    """Drops tokens less likely than this share of the likeliest (arXiv:2407.01082)."""
     seed: int | None = None
     """Fixes the random choices, whoever else is in the batch."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen in prompt or answer, multiplies negative ones
+    (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time that the answer holds it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    min_tokens: int = 0
+    """No end token and no stop text ends the answer before it has this many tokens."""
     ignore_eos: bool = False
     """Goes on past the model's end tokens, for measurements."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report beside the chosen one; None reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,10 @@ class GenerationRequest:
     """Who asks. Places are shared out fairly between clients, and between adapters."""
     priority: int = 0
     """The lower, the sooner; 0 is ordinary."""
+    guide: Any = None
+    """A `guide.Guide` that the answer must follow; None for free text."""
+    visible_ids: tuple[int, ...] = ()
+    """Special tokens that are part of the text; all others are left out of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,18 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The model's own log-probabilities at one token: before bias, penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest token ids with theirs, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +91,11 @@ class Delta:
 
     text: str
     token_ids: tuple[int, ...]
+    """The tokens whose text begins in what has been given out so far."""
+    offsets: tuple[int, ...] = ()
+    """Where each token's text begins, in characters from the answer's start."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, when they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +134,9 @@ class Sequence:
     """The scheduler's `blocks.BlockTable`, while it has a place."""
     generated: list[int] = field(default_factory=list)
     text: Any = None
-    """The engine's `text.TextAssembler`."""
-    state: Any = None
-    """The runner's own: the random generator."""
+    """The engine's `text.AnswerStream`."""
+    sampler: Any = None
+    """The engine's `sampler.RowSampler`; it outlives a preemption, as the answer's text does."""
     ended: bool = False
 
     @property
@@ -114,7 +152,7 @@ class Sequence:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return Usage(len(self.request.prompt), len(self.generated))
+        return Usage(len(self.request.prompt), len(self.generated), self.cached)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """`count` token ids from `start`."""

@@ -1,6 +1,6 @@
 """The only place where a step becomes tensors: chunks in, one sampled token a chunk out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,15 +19,8 @@ from qlora_serve.serve.engine.lora import (
     rows_by_adapter,
 )
 from qlora_serve.serve.engine.request import Sequence
-from qlora_serve.serve.engine.sampler import make_generator, sample
+from qlora_serve.serve.engine.sampler import sample
 from qlora_serve.serve.engine.scheduler import Chunk, Limits, Step
-
-
-@dataclass
-class SequenceState:
-    """What a sequence owns besides its blocks, from its first token to its end."""
-
-    generator: torch.Generator | None
 
 
 class Runner:
@@ -81,7 +74,7 @@ class Runner:
     def run(self, step: Step) -> list[tuple[Sequence, int | None]]:
         """Computes a step; returns the next token of each sequence that reached its end.
 
-        A token of None means that the row's logits were not finite.
+        A token of None means that none could be chosen; the row's sampler says why.
         """
         self.cache.copy(step.copies)
         ordered = sorted(step.chunks, key=_adapter_order)  # an adapter's rows lie side by side
@@ -89,8 +82,7 @@ class Runner:
         sampling = [chunk for chunk in ordered if chunk.samples]
         if not sampling:
             return []
-        rows = [(c.sequence.request.sampling, _generator(c.sequence)) for c in sampling]
-        tokens = sample(logits, rows)
+        tokens = sample(logits, [chunk.sequence.sampler for chunk in sampling])
         return [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
 
     @property
@@ -144,18 +136,7 @@ class Runner:
         own = None if adapter is None else adapter.vocabulary
         return self._vocabulary if own is None else own
 
-    def release(self, sequence: Sequence) -> None:
-        """Drops what a sequence owned."""
-        sequence.state = None
-
 
 def _adapter_order(chunk: Chunk) -> tuple[tuple[str, float], ...]:
     adapter = chunk.sequence.request.adapter
     return () if adapter is None else adapter.key
-
-
-def _generator(sequence: Sequence) -> torch.Generator | None:
-    if sequence.state is None:
-        sequence.state = SequenceState(make_generator(sequence.request.sampling))
-    generator: torch.Generator | None = sequence.state.generator
-    return generator

@@ -1,0 +1,172 @@
+"""The shapes of answers, for the OpenAPI page; the routes write them as plain dictionaries."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorDetail(Answer):
+    """What went wrong."""
+
+    message: str
+    """What was given, what was expected and what to do."""
+    type: Literal[
+        "invalid_request_error",
+        "not_found_error",
+        "permission_error",
+        "adapter_error",
+        "server_error",
+    ]
+    param: str | None
+    """The field at fault."""
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class CachedTokens(Answer):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+    """Not computed again, because an earlier prompt began alike."""
+
+
+class UsageAnswer(Answer):
+    """Counts of tokens, over all choices."""
+
+    prompt_tokens: int
+    """A prompt that choices share counts once."""
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class CalledFunctionAnswer(Answer):
+    """What to call."""
+
+    name: str
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCallAnswer(Answer):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
+class MessageAnswer(Answer):
+    """The assistant's turn."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCallAnswer] | None = None
+
+
+class ChatChoice(Answer):
+    """One of `n` answers."""
+
+    index: int
+    message: MessageAnswer
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatAnswer(Answer):
+    """A whole `chat.completion`; streams send `chat.completion.chunk`s."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    """Who answered: the adapter's name, or the base's."""
+    choices: list[ChatChoice]
+    usage: UsageAnswer
+
+
+class TextChoice(Answer):
+    """One of the answers: prompts in order, and for each its `n`."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class TextAnswer(Answer):
+    """A whole `text_completion`; streams send pieces of the same shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    """Who answered: the adapter's name, or the base's."""
+    choices: list[TextChoice]
+    usage: UsageAnswer
+
+
+class ResponseAnswer(BaseModel):
+    """A `response`; streams send its events."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    object: Literal["response"]
+    status: Literal["completed", "incomplete"]
+    model: str
+    """Who answered: the adapter's name, or the base's."""
+    output: list[dict[str, Any]]
+    """Messages and function calls."""
+    usage: dict[str, Any]
+
+
+class ModelCard(Answer):
+    """The base or an adapter."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    """The base's name, for an adapter."""
+
+
+class ModelList(Answer):
+    """The base first, then every adapter."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class StatusAnswer(Answer):
+    """One word, or why not."""
+
+    status: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "A field is wrong or not supported; it is named"},
+    404: {"model": ErrorAnswer, "description": "Nobody has that name; the known ones are listed"},
+    413: {"model": ErrorAnswer, "description": "The body is too large"},
+    "default": {"model": ErrorAnswer, "description": "Too much to do, or something broke"},
+}
+
+
+def whole_or_stream(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What a route documents that answers with JSON or, with `stream`, with events."""
+    stream = {"schema": {"type": "string"}, "example": 'data: {"id": "..."}\n\ndata: [DONE]\n\n'}
+    return {200: {"model": model, "content": {"text/event-stream": stream}}}

@@ -1,0 +1,157 @@
+"""`POST /v1/completions`."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from qlora_serve.serve.api.answers import TextAnswer, whole_or_stream
+from qlora_serve.serve.api.completion_body import CompletionRequest
+from qlora_serve.serve.api.generation import (
+    Gathered,
+    StreamWriter,
+    answer_stream,
+    answer_whole,
+    check_caps,
+    make_requests,
+    total_usage,
+    usage_body,
+)
+from qlora_serve.serve.api.logprobs import completion_logprobs
+from qlora_serve.serve.api.service import Service, own_tokens
+from qlora_serve.serve.api.structured import structured_guide
+from qlora_serve.serve.api.token_text import TokenTexts
+from qlora_serve.serve.engine.guide import Guide
+from qlora_serve.serve.engine.request import Delta, Finished, GenerationRequest, Usage
+from qlora_serve.serve.engine.slots import AdapterSelection
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", tags=["completions"], summary="Continue a text",
+             response_model=None, responses=whole_or_stream(TextAnswer))  # fmt: skip
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continues texts or tokens with the base, or with the adapter that is named."""
+    service: Service = request.app.state.service
+    adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
+    each = max(body.n, body.best_of or 1)
+    check_caps(service, body, len(body.prompts), each)
+    prompts = [await _tokens(service, prompt, adapter) for prompt in body.prompts]
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    requests = make_requests(
+        service,
+        body,
+        answer_id,
+        prompts,
+        each,
+        adapter=adapter,
+        tokens=own_tokens(adapter),
+        guide=await _guide(service, body, adapter),
+    )
+    echoes = [await _echo(service, body, n, adapter) for n in range(len(prompts))]
+    name = adapter.name if adapter else service.base_name
+    answer = _Answer(service.texts_of(adapter), body, answer_id, name)
+    answer.requests, answer.echoes = requests, echoes
+    if body.stream:
+        return await answer_stream(service, requests, answer)
+    return await answer_whole(request, service, requests, answer.whole)
+
+
+async def _guide(
+    service: Service, body: CompletionRequest, adapter: AdapterSelection | None
+) -> Guide | None:
+    if body.structured_outputs is None:
+        return None
+    return await structured_guide(service.guides_of(adapter), body.structured_outputs)
+
+
+async def _tokens(
+    service: Service, prompt: str | list[int], adapter: AdapterSelection | None
+) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return await service.tokenize_text(prompt, tokens=own_tokens(adapter))
+    service.check_token_ids(prompt, "prompt", adapter)
+    return tuple(prompt)
+
+
+async def _echo(
+    service: Service, body: CompletionRequest, number: int, adapter: AdapterSelection | None
+) -> str:
+    prompt = body.prompts[number]
+    if not body.echo:
+        return ""
+    return prompt if isinstance(prompt, str) else await service.detokenize(prompt, adapter)
+
+
+class _Answer(StreamWriter):
+    """The shape of an answer, whole or in chunks."""
+
+    def __init__(self, texts: TokenTexts, body: CompletionRequest, answer_id: str, model: str):
+        self._texts = texts
+        self._body = body
+        self.requests: list[GenerationRequest] = []
+        self.echoes: list[str] = []
+        self._common = {
+            "id": answer_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, gathered: list[Gathered]) -> dict[str, Any]:
+        """A `text_completion`."""
+        each = len(gathered) // len(self.echoes)
+        choices: list[dict[str, Any]] = []
+        for number, echo in enumerate(self.echoes):
+            group = gathered[number * each : (number + 1) * each]
+            if each > self._body.n:
+                group = sorted(group, key=_mean_logprob, reverse=True)[: self._body.n]
+            for one in group:
+                assert isinstance(one.ending, Finished)
+                logprobs = None
+                if self._body.logprobs is not None:
+                    logprobs = completion_logprobs(self._texts, one.logprobs, one.offsets)
+                choices.append(
+                    {
+                        "index": len(choices),
+                        "text": echo + one.text,
+                        "logprobs": logprobs,
+                        "finish_reason": one.ending.reason,
+                    }
+                )
+        usage = total_usage(self.requests, [one.ending for one in gathered])
+        return {**self._common, "choices": choices, "usage": usage_body(usage)}
+
+    def head(self) -> Iterable[str]:
+        """With `echo`, a chunk with the prompt for each choice."""
+        for number in range(len(self.requests) if self._body.echo else 0):
+            yield self._chunk(number, self.echoes[number // self._body.n])
+
+    def event(self, number: int, event: Delta | Finished) -> Iterable[str]:
+        """A chunk for each event."""
+        if isinstance(event, Finished):
+            yield self._chunk(number, "", reason=event.reason)
+            return
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = completion_logprobs(self._texts, event.logprobs, event.offsets)
+        yield self._chunk(number, event.text, logprobs)
+
+    def tail(self, usage: Usage) -> Iterable[str]:
+        """The counts, when they were asked for, and the end."""
+        if self._body.wants_usage:
+            yield json.dumps({**self._common, "choices": [], "usage": usage_body(usage)})
+        yield "[DONE]"
+
+    def _chunk(self, index: int, text: str, logprobs: Any = None, reason: Any = None) -> str:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return json.dumps({**self._common, "choices": [choice]}, ensure_ascii=False)
+
+
+def _mean_logprob(one: Gathered) -> float:
+    if not one.logprobs:
+        return float("-inf")
+    return sum(token.logprob for token in one.logprobs) / len(one.logprobs)

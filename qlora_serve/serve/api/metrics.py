@@ -1,0 +1,127 @@
+"""`GET /metrics`, in Prometheus's format."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qlora_serve.serve.engine.engine import Engine
+from qlora_serve.serve.engine.request import GenerationRequest, Usage
+
+_MOST_NAMES = 100
+"""Adapters with labels of their own; all further ones are counted as `other`."""
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """What is counted, by adapter; prompts and keys are never part of it."""
+
+    def __init__(self, engine: Engine, base_name: str) -> None:
+        self._base_name = base_name
+        self._names: set[str] = set()
+        self._live: dict[str, int] = {}
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.registry.register(_EngineState(engine, self._live, base_name))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"qlora_serve_{name}", text, ["adapter", *labels],
+                           registry=self.registry)  # fmt: skip
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"qlora_serve_{name}", text, ["adapter"], buckets=_SECONDS,
+                             registry=self.registry)  # fmt: skip
+
+        self._requests = counter("requests", "Answers that ended, and how.", "reason")
+        self._prompt = counter("prompt_tokens", "Tokens of prompts.")
+        self._cached = counter("cached_prompt_tokens", "Tokens of prompts that were in the cache.")
+        self._completion = counter("completion_tokens", "Tokens of answers.")
+        self._first = histogram("time_to_first_token_seconds", "From arrival to the first text.")
+        self._between = histogram("inter_token_latency_seconds", "Between tokens of an answer.")
+
+    def page(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
+    def name(self, request: GenerationRequest) -> str:
+        """The label of a request: its adapter's name, the base's, or `other`."""
+        adapter = request.adapter
+        name = self._base_name if adapter is None else str(adapter.name)
+        if name not in self._names:
+            if len(self._names) >= _MOST_NAMES:
+                return "other"
+            self._names.add(name)
+        return name
+
+    def entered(self, requests: Iterable[GenerationRequest]) -> None:
+        """Answers have been accepted."""
+        for request in requests:
+            name = self.name(request)
+            self._live[name] = self._live.get(name, 0) + 1
+
+    def refused(self, requests: Sequence[GenerationRequest]) -> None:
+        """Answers were refused because too many are waiting."""
+        self._requests.labels(self.name(requests[0]), "overloaded").inc(len(requests))
+
+    def first_token(self, request: GenerationRequest, seconds: float) -> None:
+        """An answer's first text came."""
+        self._first.labels(self.name(request)).observe(seconds)
+
+    def next_tokens(self, request: GenerationRequest, seconds: float, count: int) -> None:
+        """More tokens came, `seconds` after the last."""
+        histogram = self._between.labels(self.name(request))
+        for _ in range(count):
+            histogram.observe(seconds / count)
+
+    def ended(self, request: GenerationRequest, usage: Usage, reason: str) -> None:
+        """An answer ended."""
+        name = self.name(request)
+        self._requests.labels(name, reason).inc()
+        self._prompt.labels(name).inc(usage.prompt_tokens)
+        self._cached.labels(name).inc(usage.cached_tokens)
+        self._completion.labels(name).inc(usage.completion_tokens)
+        self._drop(name)
+
+    def left(self, request: GenerationRequest) -> None:
+        """Nobody waits for an answer any longer."""
+        name = self.name(request)
+        self._requests.labels(name, "abort").inc()
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._live[name] -= 1
+        if not self._live[name]:
+            del self._live[name]
+
+
+class _EngineState(Collector):
+    """What is read from the engine when somebody asks."""
+
+    def __init__(self, engine: Engine, live: dict[str, int], base_name: str) -> None:
+        self._engine = engine
+        self._live = live
+        self._base_name = base_name
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges of this moment."""
+        scheduler: Any = self._engine.scheduler
+
+        def gauge(name: str, text: str, value: float) -> Metric:
+            return GaugeMetricFamily(f"qlora_serve_{name}", text, value=value)
+
+        yield gauge("running", "Answers that have a place.", scheduler.running)
+        yield gauge("waiting", "Answers that wait for a place.", scheduler.waiting)
+        yield gauge("kv_blocks_used", "Blocks of keys and values in use.", scheduler.blocks.used)
+        yield gauge("kv_blocks", "Blocks of keys and values.", scheduler.blocks.total)
+        # The name and labels that gateways which route by adapter look for.
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters with answers on their way.",
+            labels=["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+        )
+        names = ",".join(sorted(self._live.keys() - {self._base_name}))
+        most = str(self._engine.limits.max_sequences)
+        info.add_metric([names, "", most], time.time())
+        yield info
