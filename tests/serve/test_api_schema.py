@@ -102,6 +102,8 @@ def test_every_operation_has_a_summary_an_example_and_its_errors(served_url) -> 
             assert "200" in operation["responses"], where
             if method == "post":
                 assert "400" in operation["responses"], where
-                assert operation["responses"]["200"]["content"]["application/json"]["schema"], where
+                if not path.endswith("_lora_adapter"):  # these answer with a word, as vLLM does
+                    answer = operation["responses"]["200"]["content"]["application/json"]
+                    assert answer["schema"], where
                 content = operation["requestBody"]["content"]["application/json"]["schema"]
                 assert components[content["$ref"].split("/")[-1]]["examples"], where
