@@ -35,7 +35,7 @@ from qlora_serve.serve.engine.linear import (
     to_panels,
     use_fast_linears,
 )
-from qlora_serve.serve.engine.lora import from_blocks, to_blocks
+from qlora_serve.serve.engine.lora import ResidentPair, for_kernels, from_blocks
 
 TOLERANCE = 1e-5  # sums of at most 600 products of unit-size numbers, relative to their size
 
@@ -80,28 +80,29 @@ def test_linear_adds_each_adapters_update_to_its_own_rows(
     kernels, inside, outside, in_panels
 ) -> None:
     torch.manual_seed(0)
-    weight, hidden = torch.randn(outside, inside), torch.randn(9, inside)
+    weight, hidden = torch.randn(outside, inside), torch.randn(50, inside)
     # first, last, rank; row 2 is the base's, one group leaves this layer alone, and rows 6 and 7
     # have two adapters
-    ranges = [(0, 2, 4), (3, 4, 1), (4, 5, 0), (5, 9, 19), (6, 8, 3)]
+    ranges = [(0, 2, 4), (3, 4, 1), (4, 5, 0), (5, 44, 19), (6, 8, 3), (44, 49, 40)]
     pairs = [(torch.randn(rank, inside), torch.randn(rank, outside)) for *_, rank in ranges]
     groups = (AdapterRows * len(ranges))()
     expected = F.linear(hidden, weight)
-    blocks = [to_blocks(b) if len(b) else None for _, b in pairs]
-    scales = [1.0, -0.5, 3.0, 0.25, 2.0]
-    zipped = zip(groups, ranges, pairs, blocks, scales, strict=True)
-    for group, (first, last, rank), (a, b), blocked, scale in zipped:
+    native = [for_kernels(ResidentPair(a, b)) if len(b) else None for a, b in pairs]
+    scales = [1.0, -0.5, 3.0, 0.25, 2.0, 0.125]
+    zipped = zip(groups, ranges, pairs, native, scales, strict=True)
+    for group, (first, last, rank), (a, b), pair, scale in zipped:
         group.first, group.last, group.rank, group.scale = first, last, rank, scale
-        if blocked is not None:
-            group.a, group.b = a.data_ptr(), blocked.data_ptr()
-            assert torch.equal(from_blocks(blocked, outside), b)
+        if pair is not None:
+            group.a, group.b = pair.a.data_ptr(), pair.blocks.data_ptr()
+            assert torch.equal(pair.a, a)
+            assert torch.equal(from_blocks(pair.blocks, outside), b)
         expected[first:last] += scale * (hidden[first:last] @ a.t() @ b)
     low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
-    found = torch.empty(9, outside)
+    found = torch.empty(50, outside)
     kernel = kernels.linear_panels if in_panels else kernels.linear
     held = to_panels(weight) if in_panels else weight
     kernel(
-        hidden.data_ptr(), 9, inside, held.data_ptr(), None, found.data_ptr(), outside,
+        hidden.data_ptr(), 50, inside, held.data_ptr(), None, found.data_ptr(), outside,
         groups, len(ranges), low.data_ptr(),
     )  # fmt: skip
     assert _close(found, expected)
@@ -245,9 +246,9 @@ def test_gptq_equals_gptqmodel(kernels, bits, group_size, by_activity, rows) -> 
         assert _close(model[0].by_torch(hidden), expected)
         # An adapter's update has its inputs in their own order.
         a, b = torch.randn(3, 160), torch.randn(3, 96)
-        group, blocks, low = AdapterRows(), to_blocks(b), torch.empty(rows * 3)
+        group, pair, low = AdapterRows(), for_kernels(ResidentPair(a, b)), torch.empty(rows * 3)
         group.first, group.last, group.rank, group.scale = 0, rows, 3, 1.0
-        group.a, group.b = a.data_ptr(), blocks.data_ptr()
+        group.a, group.b = pair.a.data_ptr(), pair.blocks.data_ptr()
         found = torch.empty_like(expected)
         model[0].call_kernel(hidden, found, ctypes.addressof(group), 1, low.data_ptr())
         assert _close(found, expected + hidden @ a.t() @ b)

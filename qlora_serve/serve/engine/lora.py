@@ -45,7 +45,8 @@ class ResidentPair:
     """
 
     a: Tensor | None
-    """[rank, in_features]; None where only the bias changes"""
+    """[rank, in_features]; None where only the bias changes. Beside `blocks` it lies the other way
+    round in memory, see `for_kernels`."""
     b_t: Tensor | None
     """[rank, out_features], already multiplied by the scaling and the gain; None where only the
     bias changes, or where `blocks` holds it"""
@@ -202,7 +203,7 @@ class AdapterLayers:
             base = self._base(module)
             resident = _resident_pair(base, module, pair, bias, dtype, device)
             if isinstance(base, NativeLinear) and resident.is_plain and resident.b_t is not None:
-                resident = ResidentPair(resident.a, None, blocks=to_blocks(resident.b_t))
+                resident = for_kernels(resident)
             pairs[self._index[module]] = resident
         own = self._own_functions(name, weights, dtype)
         # Nothing can fail from here on, so that a refused adapter leaves the model as it was.
@@ -358,6 +359,20 @@ def rows_by_adapter(counts: list[tuple[int, Any]]) -> list[tuple[int, int, Scale
                 ranges.append((first, last, selection))
         first = last
     return [(first, last, one) for first, last, them in ranges for one in them.residents]
+
+
+def for_kernels(pair: ResidentPair) -> ResidentPair:
+    """A plain update in the memory layout of the kernels.
+
+    They read `a` input by input, 16 components at a time, and so up to 15 numbers beyond its end.
+    """
+    assert pair.a is not None
+    assert pair.b_t is not None
+    rank, width = pair.a.shape
+    room = pair.a.new_zeros(rank * width + _BLOCK)
+    a_t = room[: rank * width].view(width, rank)
+    a_t.copy_(pair.a.t())
+    return ResidentPair(a_t.t(), None, blocks=to_blocks(pair.b_t))
 
 
 def to_blocks(b_t: Tensor) -> Tensor:

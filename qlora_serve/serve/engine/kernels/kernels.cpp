@@ -137,34 +137,111 @@ constexpr int64_t kChunk = 48;  // outputs that one thread computes at a time; a
 // none. Rows with several adapters are in several groups, and each adds its own update.
 struct AdapterRows {
   int64_t first, last, rank;
-  const float* a;  // [rank, in]
+  const float* a;  // [in, rank], and 16 floats more that may be read and are not used
   const float* b;  // [out / 16 rounded up, rank, 16], with the scaling in it: read in one sweep
   float scale;     // the request's own factor
 };
 
-// A piece of the low-rank products: some components of one group.
+// A piece of the low-rank products: up to 16 components of some rows of one group.
 struct LowItem {
-  int64_t group, first, last, offset;
+  int64_t group, component, first, last;
+  float* low;  // of the group's first row: [rows, rank]
 };
 
-// Adds one group's update of the `width` outputs from `at`, a multiple of 16.
-inline void add_update(const AdapterRows& group, const float* low, float* y, int64_t out,
-                       int64_t at, int64_t width) {
-  const float* b = group.b + at * group.rank;
-  for (int64_t row = group.first; row < group.last; ++row, low += group.rank) {
-    Vector total = {};
-    for (int64_t r = 0; r < group.rank; ++r) total += load(b + r * kWidth) * low[r];
-    total *= group.scale;
-    float* to = y + row * out + at;
+template <int ROWS>
+inline void low_rows(const float* x, int64_t in, const float* a, int64_t rank, int64_t width,
+                     float* low) {
+  // One row alone would wait for each of its sums: it takes every fourth input for four sums.
+  constexpr int kSums = ROWS == 1 ? 4 : ROWS <= 3 ? 2 : 1;
+  Vector sums[ROWS][kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= in; i += kSums)
+    for (int k = 0; k < kSums; ++k) {
+      const Vector weights = load(a + (i + k) * rank);
+      for (int r = 0; r < ROWS; ++r) sums[r][k] += weights * x[r * in + i + k];
+    }
+  for (; i < in; ++i)
+    for (int r = 0; r < ROWS; ++r) sums[r][0] += load(a + i * rank) * x[r * in + i];
+  for (int r = 0; r < ROWS; ++r) {
+    Vector total = sums[r][0];
+    for (int k = 1; k < kSums; ++k) total += sums[r][k];
+    float whole[kWidth];
+    store(whole, total);
+    std::memcpy(low + r * rank, whole, width * sizeof(float));
+  }
+}
+
+constexpr int64_t kLowRows = 12;
+
+template <int ROWS>
+void low_remaining(const float* x, int64_t rows, int64_t in, const float* a, int64_t rank,
+                   int64_t width, float* low) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return low_rows<ROWS>(x, in, a, rank, width, low);
+    low_remaining<ROWS - 1>(x, rows, in, a, rank, width, low);
+  }
+}
+
+// low = x a, for the item's rows and components.
+inline void low_product(const float* x, int64_t in, const AdapterRows& group,
+                        const LowItem& item) {
+  const int64_t rows = item.last - item.first, width = std::min(kWidth, group.rank - item.component);
+  low_remaining<kLowRows>(x + item.first * in, rows, in, group.a + item.component, group.rank,
+                          width, item.low + (item.first - group.first) * group.rank + item.component);
+}
+
+// Adds one group's update of the `width` outputs from `at` to ROWS rows.
+template <int ROWS>
+inline void update_rows(const float* low, int64_t rank, const float* b, float scale, float* y,
+                        int64_t out, int64_t width) {
+  constexpr int kSums = ROWS == 1 ? 4 : 1;  // one row alone would wait for each of its sums
+  Vector sums[ROWS][kSums] = {};
+  int64_t c = 0;
+  for (; c + kSums <= rank; c += kSums)
+    for (int k = 0; k < kSums; ++k) {
+      const Vector weights = load(b + (c + k) * kWidth);
+      for (int r = 0; r < ROWS; ++r) sums[r][k] += weights * low[r * rank + c + k];
+    }
+  for (; c < rank; ++c)
+    for (int r = 0; r < ROWS; ++r) sums[r][0] += load(b + c * kWidth) * low[r * rank + c];
+  for (int r = 0; r < ROWS; ++r, y += out) {
+    Vector total = sums[r][0];
+    for (int k = 1; k < kSums; ++k) total += sums[r][k];
+    total *= scale;
     if (width == kWidth) {
-      store(to, load(to) + total);
+      store(y, load(y) + total);
     } else {
-      for (int64_t j = 0; j < width; ++j) to[j] += total[j];
+      for (int64_t j = 0; j < width; ++j) y[j] += total[j];
     }
   }
 }
 
-constexpr int64_t kLowChunk = 8;
+constexpr int64_t kUpdatedRows = 8;
+
+// Adds one group's update of the `width` outputs from `at`, a multiple of 16, to all its rows.
+inline void add_update(const AdapterRows& group, const float* low, float* y, int64_t out,
+                       int64_t at, int64_t width) {
+  const float* b = group.b + at * group.rank;
+  const int64_t rank = group.rank;
+  y += group.first * out + at;
+  int64_t rows = group.last - group.first;
+  for (; rows >= kUpdatedRows; rows -= kUpdatedRows) {
+    update_rows<kUpdatedRows>(low, rank, b, group.scale, y, out, width);
+    low += kUpdatedRows * rank;
+    y += kUpdatedRows * out;
+  }
+  for (; rows > 0; --rows, low += rank, y += out)
+    update_rows<1>(low, rank, b, group.scale, y, out, width);
+}
+
+// Asks for what a chunk's updates will read, while its main product is computed.
+inline void fetch_updates(const AdapterRows* groups, int64_t count, int64_t first, int64_t last) {
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t rank = groups[g].rank;
+    for (int64_t at = first * rank; at < last * rank; at += kWidth)
+      __builtin_prefetch(groups[g].b + at, 0, 2);
+  }
+}
 
 // Runs `compute(first, last)` for all outputs, `chunk` (a multiple of kWidth) of them at a time, and
 // adds to each chunk the adapters' updates of their own rows.
@@ -172,33 +249,31 @@ template <typename Compute>
 void with_updates(const float* x, int64_t in, float* y, int64_t out, const AdapterRows* groups,
                   int64_t count, float* low, int64_t chunk, const Compute& compute) {
   std::vector<LowItem> items;
-  std::vector<int64_t> offsets(count);
-  for (int64_t g = 0, offset = 0; g < count; ++g) {
-    offsets[g] = offset;
-    for (int64_t first = 0; first < groups[g].rank; first += kLowChunk)
-      items.push_back({g, first, std::min(first + kLowChunk, groups[g].rank), offset});
-    offset += (groups[g].last - groups[g].first) * groups[g].rank;
+  std::vector<float*> lows(count);
+  for (int64_t g = 0; g < count; ++g) {
+    const AdapterRows& group = groups[g];
+    lows[g] = low;
+    for (int64_t component = 0; component < group.rank; component += kWidth)
+      for (int64_t row = group.first; row < group.last; row += kLowRows)
+        items.push_back({g, component, row, std::min(row + kLowRows, group.last), low});
+    low += (group.last - group.first) * group.rank;
   }
 #pragma omp parallel
   {
     if (!items.empty()) {
 #pragma omp for schedule(static)
-      for (size_t i = 0; i < items.size(); ++i) {
-        const LowItem& item = items[i];
-        const AdapterRows& group = groups[item.group];
-        outputs_of_rows(x + group.first * in, group.last - group.first,
-                        FloatWeights{group.a, in}, nullptr, low + item.offset, group.rank,
-                        item.first, item.last);
-      }
+      for (size_t i = 0; i < items.size(); ++i)
+        low_product(x, in, groups[items[i].group], items[i]);
     }
     // Dynamic: on a shared machine one core may be slower than the other for a while.
 #pragma omp for schedule(dynamic)
     for (int64_t number = 0; number < (out + chunk - 1) / chunk; ++number) {
       const int64_t first = number * chunk, last = std::min(first + chunk, out);
+      fetch_updates(groups, count, first, last);
       compute(first, last);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t at = first; groups[g].rank > 0 && at < last; at += kWidth)
-          add_update(groups[g], low + offsets[g], y, out, at, std::min(kWidth, last - at));
+          add_update(groups[g], lows[g], y, out, at, std::min(kWidth, last - at));
     }
   }
 }
