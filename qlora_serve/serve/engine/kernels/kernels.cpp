@@ -4,6 +4,8 @@
 // libraries behind torch are made for larger matrices; here each weight is read from memory once and
 // multiplied with all rows while it is in a register, which comes close to what the memory allows.
 
+#include <omp.h>
+
 #include "vectors.h"
 
 namespace {
@@ -302,13 +304,18 @@ constexpr int kPanelRows = 3;
 constexpr int kPanelRows = 2;
 #endif
 
-template <int ROWS>
-inline void panel_rows(const float* x, int64_t in, const float* panel, const float* bias, float* y,
-                       int64_t out, int64_t width) {
+// With FETCH, asks for the panel `next` on the way: the memory works while the sums are computed.
+template <int ROWS, bool FETCH>
+inline void panel_rows(const float* x, int64_t in, const float* panel, const float* next,
+                       const float* bias, float* y, int64_t out, int64_t width) {
   Vector sums[ROWS][2] = {};
   for (int64_t i = 0; i < in; ++i) {
     const float* weights = panel + i * kPanel;
     const Vector left = load(weights), right = load(weights + kWidth);
+    if (FETCH) {
+      __builtin_prefetch(next + i * kPanel, 0, 2);
+      __builtin_prefetch(next + i * kPanel + kWidth, 0, 2);
+    }
     for (int r = 0; r < ROWS; ++r) {
       sums[r][0] += left * x[r * in + i];
       sums[r][1] += right * x[r * in + i];
@@ -327,19 +334,25 @@ inline void panel_rows(const float* x, int64_t in, const float* panel, const flo
 
 template <int ROWS>
 void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel,
-                    const float* bias, float* y, int64_t out, int64_t width) {
+                    const float* next, const float* bias, float* y, int64_t out, int64_t width) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return panel_rows<ROWS>(x, in, panel, bias, y, out, width);
-    remaining_rows<ROWS - 1>(x, rows, in, panel, bias, y, out, width);
+    if (rows < ROWS)
+      return remaining_rows<ROWS - 1>(x, rows, in, panel, next, bias, y, out, width);
+    if (next) return panel_rows<ROWS, true>(x, in, panel, next, bias, y, out, width);
+    panel_rows<ROWS, false>(x, in, panel, next, bias, y, out, width);
   }
 }
 
-// The outputs of one panel, `width` of them, for all rows.
-void panel_product(const float* x, int64_t rows, int64_t in, const float* panel,
+// The outputs of one panel, `width` of them, for all rows; `next` is a panel that is needed soon.
+void panel_product(const float* x, int64_t rows, int64_t in, const float* panel, const float* next,
                    const float* bias, float* y, int64_t out, int64_t width) {
-  for (; rows >= kPanelRows; rows -= kPanelRows, x += kPanelRows * in, y += kPanelRows * out)
-    panel_rows<kPanelRows>(x, in, panel, bias, y, out, width);
-  remaining_rows<kPanelRows - 1>(x, rows, in, panel, bias, y, out, width);
+  // The first rows wait for the panel itself to come from memory; only then is there time to fetch.
+  const float* fetched = nullptr;
+  for (; rows > 0; rows -= kPanelRows, x += kPanelRows * in, y += kPanelRows * out) {
+    remaining_rows<kPanelRows>(x, std::min<int64_t>(rows, kPanelRows), in, panel, fetched, bias, y,
+                               out, width);
+    fetched = fetched == nullptr ? next : panel;  // once is enough
+  }
 }
 
 }  // namespace
@@ -357,9 +370,12 @@ void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const 
 // The same for weights in panels: [out / 32 rounded up, in, 32], filled up with zeros.
 void linear_panels(const float* x, int64_t rows, int64_t in, const float* panels, const float* bias,
                    float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
+  // The chunks go to the threads in turn, so that this many further on comes the same thread's next.
+  const int64_t ahead = omp_get_max_threads() * kPanel;
   with_updates(x, in, y, out, groups, count, low, kPanel, [&](int64_t first, int64_t last) {
-    panel_product(x, rows, in, panels + first * in, bias ? bias + first : nullptr, y + first, out,
-                  last - first);
+    const float* panel = panels + first * in;
+    panel_product(x, rows, in, panel, first + ahead < out ? panel + ahead * in : panel,
+                  bias ? bias + first : nullptr, y + first, out, last - first);
   });
 }
 
