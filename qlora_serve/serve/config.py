@@ -36,7 +36,7 @@ class ServeSettings(Settings):
     """Requests that run in one batch; more wait."""
     max_step_tokens: int | None = Field(default=None, ge=1)
     """Tokens that one step may compute; longer prompts are computed in chunks between the others'
-    tokens. 256 on a CPU and 2048 on a GPU when left out."""
+    tokens. 192 on a CPU and 2048 on a GPU when left out."""
     kv_memory: str = "auto"
     """Memory for keys and values, such as 2GB; auto takes a quarter of what is free."""
     prefix_cache: bool = True

@@ -28,9 +28,8 @@ log = logging.getLogger(__name__)
 
 _FREE_MEMORY_SHARE = 0.25
 _ADAPTER_SHARE = 0.125
-# On a CPU a step of 256 tokens takes a good part of a second, and a request that comes waits for
-# the one that is running.
-_STEP_TOKENS = (256, 2048)
+# On a CPU, where a request that comes waits for the step that is running, and on a GPU.
+_STEP_TOKENS = (192, 2048)
 
 
 def serve(settings: ServeSettings) -> None:
@@ -179,8 +178,9 @@ def _limits(settings: ServeSettings, runner: Runner) -> Limits:
         )
     step_tokens = settings.max_step_tokens or _STEP_TOKENS[base.device.type != "cpu"]
     limits = Limits(
-        settings.max_sequences, 0, step_tokens, longest, runner.windows, settings.prefix_cache
-    )
+        settings.max_sequences, 0, step_tokens, longest, runner.windows, runner.even_context,
+        settings.prefix_cache,
+    )  # fmt: skip
     limits = limits_within(limits, _kv_bytes(settings, base), runner.token_bytes)
     if limits.longest < 2:
         one = sum(map(runner.token_bytes, runner.windows)) * BLOCK_TOKENS

@@ -36,6 +36,7 @@ LIMITS = st.builds(
     step_tokens=st.integers(1, 40),
     max_length=st.sampled_from([48, 64, 100]),
     windows=st.sampled_from([(None,), (None,), (24,), (None, 24), (40, None)]),
+    even_context=st.sampled_from([None, 1, 30]),
     reuse_prefixes=st.sampled_from([True, True, True, False]),
 )
 SHAPE = st.tuples(
@@ -384,3 +385,25 @@ def test_a_long_prompt_neither_stalls_others_nor_starves() -> None:
         assert short.computed == 25
         assert long.computed - before >= 10
         scheduler.remove(short)
+
+
+def test_steps_take_fewer_tokens_of_a_long_prompt_the_further_it_is() -> None:
+    scheduler = Scheduler(Limits(1, 10_000, 100, 10_000, even_context=1000))
+    scheduler.add(_sequence(0, 3500, 1))
+    counts = []
+    while scheduler.running or scheduler.waiting:
+        (chunk,) = scheduler.schedule().chunks
+        counts.append(chunk.count)
+        samples = chunk.samples
+        scheduler.record(chunk)
+        if samples:
+            scheduler.remove(chunk.sequence)
+    assert counts[0] == 100
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == 3500
+    costs, start = [], 0
+    for count in counts[:-1]:
+        costs.append(count * (1 + start / 1000))
+        start += count
+    assert max(costs) <= 100
+    assert min(costs) > 90

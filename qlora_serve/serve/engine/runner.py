@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
 from qlora_serve.serve.engine.fused import engine_computes, use_fused
 from qlora_serve.serve.engine.kernels.native import load_kernels
-from qlora_serve.serve.engine.linear import use_fast_linears
+from qlora_serve.serve.engine.linear import NativeLinear, use_fast_linears
 from qlora_serve.serve.engine.lora import (
     AdapterLayers,
     linear_names,
@@ -52,6 +52,19 @@ class Runner:
         """Bytes of one token's keys and values in all layers of one window."""
         shapes = self._context.shapes.values()
         return sum(shape.token_bytes for shape in shapes if shape.window == window)
+
+    @property
+    def even_context(self) -> int:
+        """Tokens of context at which attention takes as many products as the linear layers."""
+        linear = sum(
+            module.in_features * module.out_features
+            for module in self.base.model.modules()
+            if isinstance(module, nn.Linear | NativeLinear)
+        )
+        config = self.base.model.config.get_text_config()
+        heads = config.num_attention_heads
+        attention = sum(2 * heads * shape.head_dim for shape in self._context.shapes.values())
+        return max(1, int(linear) // attention)
 
     def allocate(self, limits: Limits) -> Limits:
         """Makes room for keys and values; returns the limits with this model's windows."""

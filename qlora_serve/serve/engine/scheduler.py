@@ -1,5 +1,6 @@
 """Who runs in the next step. It counts tokens, blocks and places, and never touches a tensor."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ class Limits:
     """Tokens of prompt and answer together, for one request."""
     windows: tuple[int | None, ...] = (None,)
     """The sliding windows of the model's layers, each once; None for layers that see all."""
+    even_context: int | None = None
+    """Tokens of context at which a token's attention costs as much as its linear layers: from
+    there on a step takes fewer tokens of a prompt, so that steps stay equally short."""
     reuse_prefixes: bool = True
     """Whether a prompt that begins like an earlier one takes over its keys and values."""
 
@@ -259,11 +263,23 @@ class Scheduler:
         running = sorted(self._running, key=rank)
         decoding = [s for s in running if self._is_decoding(s)][: self.limits.step_tokens]
         prompts = [s for s in running if not self._is_decoding(s)]
-        shares = split_budget(
-            self.limits.step_tokens - len(decoding), [s.length - s.computed for s in prompts]
-        )
+        # What a prompt's rest costs, in tokens at the beginning of one.
+        factors = [self._cost(s) for s in prompts]
+        needs = [
+            math.ceil((s.length - s.computed) * factor)
+            for s, factor in zip(prompts, factors, strict=True)
+        ]
+        shares = split_budget(self.limits.step_tokens - len(decoding), needs)
         counts = dict.fromkeys(decoding, 1)
-        return counts | {s: share for s, share in zip(prompts, shares, strict=True) if share}
+        for s, share, factor in zip(prompts, shares, factors, strict=True):
+            if share:
+                counts[s] = min(s.length - s.computed, max(1, int(share / factor)))
+        return counts
+
+    def _cost(self, sequence: request.Sequence) -> float:
+        """What the sequence's next token costs, in tokens without context."""
+        even = self.limits.even_context
+        return 1.0 if even is None else 1.0 + sequence.computed / even
 
     def _secure(self, sequence: request.Sequence, tokens: int) -> int:
         """Gets blocks for the first `tokens` tokens, from those of lower rank if need be.
