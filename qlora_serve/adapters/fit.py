@@ -16,6 +16,7 @@ from qlora_serve.adapters.vocabulary import (
     find_embeddings,
     is_whole_embedding,
 )
+from qlora_serve.base.gptq import before_peft
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import AdapterError
@@ -164,6 +165,7 @@ def _ask_peft(source: BaseSource, adapter: AdapterFiles, vocabulary: int | None)
     config = parse_config(adapter.config)
     config.inference_mode = True
     skeleton = build_skeleton(source, vocabulary)
+    before_peft()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them

@@ -8,7 +8,8 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -115,6 +116,19 @@ def import_gptqmodel() -> None:
         if name in environment:
             os.environ[name] = environment[name]
     root.handlers[:], root.level = handlers, level
+
+
+@cache
+def before_peft() -> None:
+    """Imports gptqmodel, if it is installed, before PEFT does so at the first layer that it wraps.
+
+    PEFT asks of every layer of every base whether it is one of gptqmodel's, and imports it for
+    that with all that `import_gptqmodel` undoes.
+    """
+    if find_spec("gptqmodel") is None:
+        return
+    with suppress(ImportError):  # a version that does not fit: PEFT says so better
+        import_gptqmodel()
 
 
 @contextmanager

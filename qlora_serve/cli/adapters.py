@@ -1,15 +1,15 @@
 """`qlora-serve adapters`."""
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qlora_serve.cli import adapter_tables as tables
+from qlora_serve.cli.output import libraries_on_stderr
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -130,8 +130,7 @@ def check(
     from qlora_serve.errors import QloraServeError
 
     try:
-        # Some of the libraries that PEFT looks at print greetings, and stdout is for the result.
-        with redirect_stdout(sys.stderr), _located(adapter, adapters_dir) as (path, _):
+        with libraries_on_stderr(), _located(adapter, adapters_dir) as (path, _):
             result = check_adapter(path, base)
             if compare is not None:
                 with _located(compare, adapters_dir) as (other, _):

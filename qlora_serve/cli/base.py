@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
@@ -80,12 +81,13 @@ def prepare(
     given = {key: value for key, value in flags.items() if value is not None}
     if quantize is Quantize.gptq:
         # It shows its own progress, layer by layer.
-        target = prepare_base(name, output, "gptq", report, GptqSettings(**given))
+        with libraries_on_stderr():
+            target = prepare_base(name, output, "gptq", report, GptqSettings(**given))
     elif given:
         flag = next(iter(given)).replace("_", "-")
         raise ConfigError(f"--{flag} is for --quantize gptq only; leave it out")
     else:
         kind: Literal["none", "nf4"] = "nf4" if quantize is Quantize.nf4 else "none"
-        with progress(f"preparing {name}"):
+        with progress(f"preparing {name}"), libraries_on_stderr():
             target = prepare_base(name, output, kind, report)
     typer.echo(target)

@@ -3,6 +3,7 @@
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.train.evaluate.config import EvalSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -27,7 +28,8 @@ def evaluate(settings: EvalSettings) -> None:
     from qlora_serve.train.evaluate.run import evaluate as run
     from qlora_serve.train.evaluate.show import table
 
-    found = run(settings, lambda line: console.print(line, soft_wrap=True, markup=False))
+    with libraries_on_stderr():
+        found = run(settings, lambda line: console.print(line, soft_wrap=True, markup=False))
     if settings.as_json:
         typer.echo(found.model_dump_json(indent=2))
         return

@@ -3,6 +3,7 @@
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import ExportSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -21,7 +22,8 @@ def export(settings: ExportSettings) -> None:
     """
     from qlora_serve.merge.gguf.export import export as run
 
-    report = run(settings)
+    with libraries_on_stderr():
+        report = run(settings)
     if settings.as_json:
         typer.echo(report.model_dump_json(indent=2))
         return

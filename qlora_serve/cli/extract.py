@@ -3,6 +3,7 @@
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import ExtractSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -20,7 +21,8 @@ def extract(settings: ExtractSettings) -> None:
     from qlora_serve.cli.new_adapter import show
     from qlora_serve.merge.extract import extract_adapter
 
-    report = extract_adapter(settings)
+    with libraries_on_stderr():
+        report = extract_adapter(settings)
     show(report, settings.as_json)
     if not settings.as_json:
         near, far = report.adapter_against_model, report.base_against_model

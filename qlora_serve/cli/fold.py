@@ -3,6 +3,7 @@
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import FoldSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -20,7 +21,9 @@ def fold(settings: FoldSettings) -> None:
     from qlora_serve.cli.new_adapter import show
     from qlora_serve.merge.combine import fold_adapter
 
-    show(fold_adapter(settings), settings.as_json)
+    with libraries_on_stderr():
+        report = fold_adapter(settings)
+    show(report, settings.as_json)
 
 
 app.command()(flags_from(FoldSettings, positional=("adapter",))(fold))

@@ -5,6 +5,7 @@ from typing import Any
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import MergeSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -25,7 +26,8 @@ def merge(settings: MergeSettings) -> None:
     """
     from qlora_serve.merge.run import merge_adapter
 
-    report = merge_adapter(settings)
+    with libraries_on_stderr():
+        report = merge_adapter(settings)
     if settings.as_json:
         typer.echo(report.model_dump_json(indent=2))
         return

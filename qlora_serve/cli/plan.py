@@ -5,6 +5,7 @@ import json
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.plan.config import PlanSettings
 
@@ -34,7 +35,7 @@ def plan(settings: PlanSettings) -> None:
     from qlora_serve.train.plan.estimate import plan as estimate
     from qlora_serve.train.plan.show import show
 
-    with progress(f"planning {settings.base}"):
+    with progress(f"planning {settings.base}"), libraries_on_stderr():
         planner = Planner(settings)
         found = estimate(planner)
         cards = card_fits(planner, found) if found.device != "cpu" else []

@@ -5,6 +5,7 @@ import json
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.errors import TrainError
 from qlora_serve.train.sweep_config import SweepSettings
 
@@ -30,7 +31,8 @@ def sweep(settings: SweepSettings) -> None:
     from qlora_serve.train.sweep import best
     from qlora_serve.train.sweep import sweep as run
 
-    result = run(settings, lambda line: console.print(line, soft_wrap=True, markup=False))
+    with libraries_on_stderr():
+        result = run(settings, lambda line: console.print(line, soft_wrap=True, markup=False))
     if settings.as_json:
         content = (settings.output / "sweep.json").read_text(encoding="utf-8")
         typer.echo(json.dumps(json.loads(content) | {"best": best(result)}, indent=2))

@@ -1,11 +1,9 @@
 """`qlora-serve train`."""
 
-import sys
-from contextlib import redirect_stdout
-
 import typer
 
 from qlora_serve.cli.options import flags_from
+from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.train.config import TrainSettings
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -59,8 +57,7 @@ def train(settings: TrainSettings) -> None:
     def report(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
-    # Libraries greet on stdout, which belongs to the result.
-    with redirect_stdout(sys.stderr):
+    with libraries_on_stderr():
         result = run(settings, report)
     typer.echo(result.path)
 

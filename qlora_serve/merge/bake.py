@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from qlora_serve.adapters.files import AdapterFiles
+from qlora_serve.base.gptq import before_peft
 from qlora_serve.errors import MergeError
 from qlora_serve.merge.vocabulary import replaced_whole
 
@@ -52,6 +53,7 @@ def attach_adapter(model: Any, adapter: AdapterFiles, weightless: bool = False) 
         weight = head.weight.detach()
         own = weight if weightless else weight.clone()
         head.weight = torch.nn.Parameter(own, requires_grad=False)
+    before_peft()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings, which are dealt with

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from qlora_serve.base.gptq import before_peft
 from qlora_serve.base.identity import weight_files
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.untrained import untrained_template_tokens, vocabulary_weights
@@ -91,6 +92,7 @@ def add_lora(base: LoadedBase, settings: TrainSettings, base_name: str) -> Any:
         )
     _check_modules(base.model, settings)
     _prepare(base, settings.gradient_checkpointing)
+    before_peft()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them

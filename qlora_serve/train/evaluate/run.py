@@ -14,6 +14,7 @@ from qlora_serve.adapters.files import AdapterFiles, read_adapter
 from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.folder import check_name
 from qlora_serve.adapters.peft_config import unsupported_settings
+from qlora_serve.base.gptq import before_peft
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError, ConfigError, DataError
 from qlora_serve.files import disk_errors
@@ -234,6 +235,7 @@ def _adapted(model: Any, path: Path) -> Iterator[Any]:
 
     from peft import PeftModel
 
+    before_peft()
     before = dict(model.named_modules())
     biases = {
         name: parameter.detach().clone()
