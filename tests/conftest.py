@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import os
+import signal
 
 # Tiny models gain nothing from a second thread and lose much to waiting for it. Set before torch
 # is imported, and inherited by the processes that tests start; the end-to-end tests undo it.
@@ -9,3 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
 # The kernels are what is under test; whether they are faster on this machine is not.
 os.environ.setdefault("QLORA_SERVE_NATIVE", "always")
+# Ignored signals are inherited: started in the background by a shell, the processes under test
+# would not hear the Ctrl-C that they are sent.
+signal.signal(signal.SIGINT, signal.default_int_handler)

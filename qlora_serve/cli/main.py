@@ -127,5 +127,6 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Without the optional package kernels it only says that a faster path is not there.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # They only say that a faster path is not there, and tell transformers what to do otherwise.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
