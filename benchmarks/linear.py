@@ -5,15 +5,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_serve.serve.engine.gptq import PackedGptq
+from qlora_serve.serve.engine.coded import CodedWeights
 from qlora_serve.serve.engine.kernels.native import Kernels, load_kernels
-from qlora_serve.serve.engine.linear import FastGptqLinear, FastLinear
+from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear, PanelLinear
 
 LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 SHAPES = [shape for _ in range(30) for shape in LAYER] + [(49152, 576)]
@@ -26,15 +26,20 @@ def main() -> None:
     kernels = load_kernels()
     assert kernels is not None, "the native kernels could not be built"
     layers = [FastLinear(nn.Linear(i, o, bias=False), kernels) for o, i in SHAPES]
-    gptq = {id(layer): gptq_like(layer, kernels) for layer in layers[:-1]}
+    # The output layer stays as it is: its weight is the input embedding's too.
+    panels = {id(layer): PanelLinear(layer, kernels) for layer in layers[:-1]}
+    coded = {id(layer): coded_like(layer, kernels) for layer in layers[:-1]}
+
+    def by(kind: Mapping[int, NativeLinear]) -> Callable[[FastLinear, Tensor], Tensor]:
+        # Called directly, so that it is measured also where the engine would not use it.
+        return lambda layer, x: kind.get(id(layer), layer).updated(x, None, 0)
+
     ways: dict[str, Callable[[FastLinear, Tensor], Tensor]] = {
         "F.linear": lambda layer, x: F.linear(x, layer.weight),
         "mm(W, x^T)": lambda layer, x: torch.mm(layer.weight, x[0].t()).t().contiguous(),
-        # Called directly, so that it is measured also where the engine would not use it.
-        "native": lambda layer, x: layer.updated(x, None, 0),
-        # The output layer of a GPTQ model stays as it is.
-        "GPTQ": lambda layer, x: gptq.get(id(layer), layer).updated(x, None, 0),
-        "GPTQ many": lambda layer, x: gptq.get(id(layer), layer).by_torch(x),
+        "rows": by({}),
+        "panels": by(panels),
+        "4 bits": by(coded),
     }
     print("rows  " + "  ".join(f"{name:>10}" for name in ways))
     with torch.inference_mode():
@@ -51,18 +56,20 @@ def main() -> None:
             print(f"{rows:>4}  {medians}")
 
 
-def gptq_like(layer: FastLinear, kernels: Kernels) -> FastGptqLinear:
-    """A layer of the same shape with random codes of 4 bits in groups of 64."""
+def coded_like(layer: FastLinear, kernels: Kernels) -> CodedLinear:
+    """A layer of the same shape with random codes of 4 bits in groups of 64, as of GPTQ."""
     outside, inside = layer.out_features, layer.in_features
-    packed = PackedGptq(
+    weights = CodedWeights(
         bits=4,
-        codes=torch.randint(2**31, (outside, (inside + 127) // 128, 16), dtype=torch.int32),
-        groups=torch.randn(outside, inside // 64, 2),
+        codes=torch.randint(2**31, (outside // 32, inside // 8, 32), dtype=torch.int32),
+        scales=torch.randn(outside // 32, inside // 64, 32),
+        offsets=torch.randn(outside // 32, inside // 64, 32),
+        table=torch.arange(16, dtype=torch.float32),
         shift=6,
         order=None,
+        out_features=outside,
     )
-    shape = nn.Linear(inside, outside, bias=False, device="meta")
-    return FastGptqLinear(shape, packed, kernels)
+    return CodedLinear(weights, None, kernels)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,14 @@ from qlora_serve.serve.engine.attention import (
     attend,
     attention,
 )
+from qlora_serve.serve.engine.coded import to_panels
 from qlora_serve.serve.engine.dense import dense_weight
 from qlora_serve.serve.engine.kernels.native import AdapterRows, load_kernels
 from qlora_serve.serve.engine.linear import (
     NATIVE_ROWS,
-    FastGptqLinear,
+    CodedLinear,
     FastLinear,
-    FastNf4Linear,
     PanelLinear,
-    to_panels,
     use_fast_linears,
 )
 from qlora_serve.serve.engine.lora import ResidentPair, for_kernels, from_blocks
@@ -202,7 +201,7 @@ def test_without_a_compiler_or_switched_off_torch_does_it(environment, tmp_path)
 
 
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 31])
 def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
     from bitsandbytes.nn import Linear4bit
 
@@ -218,14 +217,16 @@ def test_nf4_equals_bitsandbytes(kernels, double, rows) -> None:
     hidden = torch.randn(1, rows, 128)
     with torch.inference_mode():
         expected = model(hidden)
+        dense = dense_weight(model[0], "it")
         use_fast_linears(model, kernels)
-        assert type(model[0]) is FastNf4Linear
+        assert type(model[0]) is CodedLinear
+        assert dense_weight(model[0], "it").equal(dense)
         assert _close(model(hidden), expected)
         many = torch.randn(1, NATIVE_ROWS + 1, 128)
         assert _close(model(many)[:, :rows], model(many[:, :rows]))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 31])
 @pytest.mark.parametrize(
     ("bits", "group_size", "by_activity"),
     [(4, 32, False), (4, 64, True), (4, -1, False), (8, 16, True), (8, 128, False), (2, 32, True)],
@@ -240,7 +241,7 @@ def test_gptq_equals_gptqmodel(kernels, bits, group_size, by_activity, rows) -> 
         dense = dense_weight(model[0], "it")
         assert _close(F.linear(hidden, dense, linear.bias), expected)
         use_fast_linears(model, kernels)
-        assert type(model[0]) is FastGptqLinear
+        assert type(model[0]) is CodedLinear
         assert dense_weight(model[0], "it").equal(dense)
         assert _close(model(hidden), expected)
         assert _close(model[0].by_torch(hidden), expected)
@@ -256,10 +257,9 @@ def test_gptq_equals_gptqmodel(kernels, bits, group_size, by_activity, rows) -> 
 
 def test_gptq_layers_that_the_kernel_does_not_read_stay(kernels) -> None:
     pytest.importorskip("gptqmodel")
-    for bits, inside, group_size in ((3, 96, 32), (4, 88, 16)):
-        model = _Model(random_gptq_linear(inside, 96, bits, group_size, False))
-        use_fast_linears(model, kernels)
-        assert type(model[0]) is not FastGptqLinear
+    model = _Model(random_gptq_linear(96, 96, 3, 32, False))
+    use_fast_linears(model, kernels)
+    assert type(model[0]) is not CodedLinear
 
 
 def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:

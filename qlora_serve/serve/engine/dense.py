@@ -17,9 +17,8 @@ def dense_weight(module: Any, name: str) -> Tensor:
     Raises:
         AdapterError: the weight is stored in a way that cannot be read back.
     """
-    packed = getattr(module, "base", module)  # under the engine's own layer
-    if is_gptq(packed):
-        return packed.dequantize_weight().t().float()
+    if is_gptq(module):
+        return module.dequantize_weight().t().float()
     weight: Any = getattr(module, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit":

@@ -10,14 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_serve.serve.engine.gptq import PackedGptq, pack_gptq
+from qlora_serve.serve.engine.coded import (
+    PANEL,
+    CodedWeights,
+    code_gptq,
+    code_nf4,
+    from_panels,
+    to_panels,
+)
 from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 
 # Above this many rows torch's own product is at least as fast (docs/performance.md).
 NATIVE_ROWS = 48
 
-_NF4_BLOCK = 64
-_PANEL = 32  # outputs; kernels.cpp has the same number
 _TRIAL_ROWS = 8
 _TRIALS = 20
 
@@ -145,99 +150,55 @@ class PanelLinear(NativeLinear):
         )  # fmt: skip
 
 
-class FastNf4Linear(NativeLinear):
-    """NF4 weights of bitsandbytes, unpacked in registers while they are multiplied."""
+class CodedLinear(NativeLinear):
+    """NF4 or GPTQ weights, decoded in registers while they are multiplied.
 
-    def __init__(self, linear: Any, kernels: Kernels) -> None:
+    Only their own layout is kept, so that nothing is held twice.
+    """
+
+    def __init__(self, weights: CodedWeights, bias: Tensor | None, kernels: Kernels) -> None:
         super().__init__()
-        self.base = linear
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.out_features, self.in_features = linear.weight.quant_state.shape
-        self._kernel = kernels.linear_nf4
-        self._codes = linear.weight.data
-        self._scales = _nf4_scales(linear.weight.quant_state)
-        self._table = linear.weight.quant_state.code.float().contiguous()
-        self._pointers = tuple(map(_pointer, (self._codes, self._scales, self._table, self.bias)))
-
-    @property
-    def weight(self) -> Any:
-        """The packed weight."""
-        return self.base.weight
-
-    def by_torch(self, hidden: Tensor) -> Tensor:
-        """See `NativeLinear`; dequantizes the layer once for all rows."""
-        output: Tensor = self.base(hidden)
-        return output
-
-    def call_kernel(
-        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
-    ) -> None:
-        """See `NativeLinear`."""
-        self._kernel(
-            hidden.data_ptr(), hidden.shape[-2], self.in_features, *self._pointers,
-            output.data_ptr(), self.out_features, groups, count, low,
-        )  # fmt: skip
-
-
-class FastGptqLinear(NativeLinear):
-    """GPTQ weights of 2, 4 or 8 bits, unpacked in registers while they are multiplied."""
-
-    def __init__(self, linear: Any, packed: PackedGptq, kernels: Kernels) -> None:
-        super().__init__()
-        self.base = linear
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = None if bias is None else bias.detach().float()
+        self.in_features, self.out_features = weights.in_features, weights.out_features
+        self._weights = weights
         self._kernels = kernels
-        self._packed = packed
         self._layout = (
-            packed.bits, packed.codes.data_ptr(), packed.groups.data_ptr(),
-            packed.groups.shape[1], packed.shift,
-        )  # fmt: skip
+            weights.bits,
+            *map(_pointer, (weights.codes, weights.scales, weights.offsets, weights.table)),
+            weights.scales.shape[1],
+            weights.shift,
+        )
 
     @property
-    def weight(self) -> Any:
-        """What gptqmodel shows of the packed weight."""
-        return self.base.weight
+    def weight(self) -> Tensor:
+        """The weight [out_features, in_features] in float32, decoded anew."""
+        weights = self._weights
+        panels = torch.empty(weights.codes.shape[0], self.in_features, PANEL)
+        self._kernels.decode_panels(
+            self.in_features, *self._layout, panels.data_ptr(), panels.shape[0]
+        )
+        dense = from_panels(panels, self.out_features)
+        return dense if weights.order is None else dense[:, torch.argsort(weights.order)]
+
+    def takes(self, hidden: Tensor) -> bool:
+        """See `NativeLinear`."""
+        return hidden.is_contiguous() and hidden.dtype == torch.float32
 
     def by_torch(self, hidden: Tensor) -> Tensor:
-        """See `NativeLinear`; dequantizes the layer once for all rows."""
-        if hidden.dtype != torch.float32:
-            output: Tensor = self.base(hidden)
-            return output
-        weight = hidden.new_empty(self.out_features, self.in_features)
-        bits, *layout = self._layout
-        self._kernels.dequantize_gptq(
-            self.in_features, bits, *layout, weight.data_ptr(), self.out_features
-        )
-        return F.linear(self._ordered(hidden), weight, self.bias)
+        """See `NativeLinear`; decodes the layer once for all rows."""
+        return F.linear(hidden.float(), self.weight, self.bias)
 
     def call_kernel(
         self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
     ) -> None:
         """See `NativeLinear`."""
-        ordered = self._ordered(hidden)
-        self._kernels.linear_gptq(
+        order = self._weights.order
+        ordered = hidden if order is None else hidden.index_select(-1, order)
+        self._kernels.linear_coded(
             ordered.data_ptr(), hidden.data_ptr(), hidden.shape[-2], self.in_features,
             *self._layout, _pointer(self.bias), output.data_ptr(), self.out_features,
             groups, count, low,
         )  # fmt: skip
-
-    def _ordered(self, hidden: Tensor) -> Tensor:
-        """Inputs in the order of the groups."""
-        order = self._packed.order
-        return hidden if order is None else hidden.index_select(-1, order)
-
-
-def to_panels(weight: Tensor) -> Tensor:
-    """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32]."""
-    out_features, in_features = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -out_features % _PANEL))
-    return padded.view(-1, _PANEL, in_features).transpose(1, 2).contiguous()
-
-
-def from_panels(panels: Tensor, out_features: int) -> Tensor:
-    """The inverse of `to_panels`."""
-    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
 
 
 def use_fast_linears(model: Any, kernels: Kernels) -> None:
@@ -255,9 +216,7 @@ def use_fast_linears(model: Any, kernels: Kernels) -> None:
             continue
         kind = type(fast)
         if kind not in chosen:
-            chosen[kind] = (
-                are_forced() or kind in (FastNf4Linear, FastGptqLinear) or _is_faster(fast)
-            )
+            chosen[kind] = are_forced() or kind is CodedLinear or _is_faster(fast)
             if not chosen[kind]:
                 log.info("torch's own product is faster here than the native %s", kind.__name__)
         if chosen[kind]:
@@ -266,11 +225,9 @@ def use_fast_linears(model: Any, kernels: Kernels) -> None:
 
 
 def _fast_layer(module: Any, embedding: Tensor, kernels: Kernels) -> NativeLinear | None:
-    if _is_nf4(module):
-        return FastNf4Linear(module, kernels)
-    packed = pack_gptq(module)
-    if packed is not None:
-        return FastGptqLinear(module, packed, kernels)
+    coded = code_nf4(module) or code_gptq(module)
+    if coded is not None:
+        return CodedLinear(coded, module.bias, kernels)
     if not _is_plain(module):
         return None
     # A weight that the input embedding shares must stay as it is: rows are looked up in it.
@@ -302,34 +259,8 @@ def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and _is_ready(module.weight, torch.float32)
 
 
-def _is_nf4(module: Any) -> bool:
-    """Whether a layer is NF4 in the layout that the kernel reads."""
-    weight: Any = getattr(module, "weight", None)
-    if type(weight).__name__ != "Params4bit" or not _is_ready(weight, torch.uint8):
-        return False
-    state = weight.quant_state
-    return bool(
-        state.quant_type == "nf4"
-        and state.blocksize == _NF4_BLOCK
-        and state.dtype == torch.float32
-        and state.shape[1] % _NF4_BLOCK == 0
-        and module.compute_dtype in (None, torch.float32)
-        and not getattr(state, "packing_format_for_cpu", False)
-    )
-
-
 def _is_ready(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and weight.device.type == "cpu" and weight.is_contiguous()
-
-
-def _nf4_scales(state: Any) -> Tensor:
-    """The scale of each block of 64 weights, float32; themselves unpacked if they are quantized."""
-    if not state.nested:
-        return state.absmax.float().contiguous()
-    from bitsandbytes.functional import dequantize_blockwise
-
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return scales.float().contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

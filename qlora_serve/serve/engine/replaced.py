@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qlora_serve.base.gptq import is_gptq
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
-from qlora_serve.serve.engine.linear import FastLinear, NativeLinear
+from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear
 
 # Two adapters that load at once must not wrap a module twice: its update would count twice.
 _wrapping = Lock()
@@ -141,7 +141,7 @@ def own_module(
         )
     new = dict(base._parameters)
     if is_linear:  # a native layer may keep its weight in another form, gptqmodel shows no tensor
-        weight = getattr(base, "weight", None)
+        weight = None if isinstance(base, CodedLinear) else getattr(base, "weight", None)
         new = {"weight": weight if isinstance(weight, Tensor) else None, "bias": base.bias}
     if vocabulary is not None and new.get("bias") is not None and "bias" not in parameters:
         raise AdapterError(

@@ -20,66 +20,6 @@ struct FloatWeights {
   void prefetch(int64_t o, int64_t i) const { __builtin_prefetch(w + o * in + i); }
 };
 
-// NF4 (arXiv:2305.14314) as bitsandbytes stores it: two codes a byte, the first in the high half, and
-// a scale for each 64 weights. `in` is a multiple of 64.
-struct Nf4Weights {
-  const uint8_t* codes;  // [out, in / 2]
-  const float* scales;   // [out, in / 64]
-  const float* table;    // [16]
-  int64_t in;
-
-  Vector at(int64_t o, int64_t i) const {
-    typedef uint64_t Longs __attribute__((vector_size(64)));
-    typedef int32_t Ints __attribute__((vector_size(64)));
-    uint64_t eight;  // bytes: the codes of 16 weights
-    std::memcpy(&eight, codes + (o * in + i) / 2, sizeof eight);
-    const Longs first = {4, 12, 20, 28, 36, 44, 52, 60}, second = {0, 8, 16, 24, 32, 40, 48, 56};
-    const Longs all = Longs{} + eight;
-    // A lane of 64 bits holds two neighbours, the first in its lower half.
-    const Longs pairs = ((all >> first) & 15) | (((all >> second) & 15) << 32);
-    Ints index;
-    std::memcpy(&index, &pairs, sizeof index);
-#if defined(__clang__)
-    Vector value;
-    for (int64_t j = 0; j < kWidth; ++j) value[j] = table[index[j]];
-#else
-    const Vector value = __builtin_shuffle(load(table), index);
-#endif
-    return value * scales[(o * in + i) / 64];
-  }
-  float one(int64_t, int64_t) const { return 0; }  // `in` leaves no rest
-  void prefetch(int64_t, int64_t) const {}
-};
-
-// GPTQ (arXiv:2210.17323): weight = scale * (code - zero point) of the group that the input is in.
-// Every product here is exact in float32: the scales have 11 bits and the codes at most 8.
-template <int BITS>
-struct GptqWeights {
-  // [out, blocks, 16]: a word holds 32 / BITS codes, the first in its lowest bits, and code k of word
-  // j of a block is that of input 16 * k + j: 16 neighbours are one load, one shift and one mask.
-  const uint32_t* codes;
-  const float* groups;  // [out, count, 2]: scale, and -scale * zero point
-  int64_t count;        // groups of an output
-  int64_t shift;        // input i is in group i >> shift; a group holds at least 16
-  int64_t in;           // a multiple of 16
-
-  Vector at(int64_t o, int64_t i) const {
-    typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
-    typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
-    constexpr int64_t kParts = 32 / BITS, kBlock = kParts * kWidth;
-    const int64_t blocks = (in + kBlock - 1) / kBlock;
-    Words words;
-    std::memcpy(&words, codes + (o * blocks + i / kBlock) * kWidth, sizeof words);
-    words = (words >> static_cast<int>(i / kWidth % kParts * BITS)) & ((1u << BITS) - 1);
-    Ints code;  // signed: processors turn these into floats more easily
-    std::memcpy(&code, &words, sizeof code);
-    const float* group = groups + (o * count + (i >> shift)) * 2;
-    return __builtin_convertvector(code, Vector) * group[0] + group[1];
-  }
-  float one(int64_t, int64_t) const { return 0; }  // `in` leaves no rest
-  void prefetch(int64_t, int64_t) const {}
-};
-
 // ROWS inputs times OUTS weight rows, with every partial sum in a register.
 template <int ROWS, int OUTS, typename Weights>
 inline void tile(const float* x, const Weights& w, const float* bias, float* y, int64_t out,
@@ -355,6 +295,113 @@ void panel_product(const float* x, int64_t rows, int64_t in, const float* panel,
   }
 }
 
+// A panel of codes with a scale for each group of inputs: the weight of input i and an output is
+// table[code] * scale + offset, or code * scale + offset with 8 bits. That is NF4 (arXiv:2305.14314),
+// where there is no offset, and GPTQ (arXiv:2210.17323), where it is -scale * zero point and the table
+// counts; there the product is exact in float32, since scales have 11 bits and codes at most 8.
+struct Coded {
+  // [in * BITS / 32, 2, 16]: a word holds 32 / BITS inputs of one output, the first in its lowest bits.
+  const int32_t* codes;
+  const float* scales;       // [count, 32]
+  const float* offsets;      // [count, 32], or null for none
+  const float* table;        // [16]
+  int64_t in, count, shift;  // input i is in group i >> shift
+
+  // These are of the first panel; gives another.
+  Coded panel(int64_t p, int64_t bits) const {
+    const int64_t groups = p * count * kPanel;
+    return {codes + p * in * kPanel * bits / 32, scales + groups,
+            offsets ? offsets + groups : nullptr, table, in, count, shift};
+  }
+};
+
+inline Integers load_integers(const int32_t* from) {
+  Integers v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// The numbers that the codes in some bits of 16 words stand for.
+template <int BITS>
+inline Vector decode(Integers words, int at, Vector table) {
+  const Integers codes = (words >> at) & ((1 << BITS) - 1);
+  if (BITS == 8) return __builtin_convertvector(codes, Vector);
+#if defined(__clang__)
+  Vector values;
+  for (int64_t j = 0; j < kWidth; ++j) values[j] = table[codes[j]];
+  return values;
+#else
+  return __builtin_shuffle(table, codes);
+#endif
+}
+
+// Calls `use(input, left, right)` with the weights of each input in turn.
+template <int BITS, typename Use>
+inline void each_input(const Coded& w, const Use& use) {
+  constexpr int64_t kParts = 32 / BITS;
+  const Vector table = load(w.table);
+  const int64_t size = w.shift < 40 ? int64_t{1} << w.shift : w.in;
+  for (int64_t g = 0, i = 0; i < w.in; ++g) {
+    const Vector left_scale = load(w.scales + g * kPanel);
+    const Vector right_scale = load(w.scales + g * kPanel + kWidth);
+    Vector left_offset = {}, right_offset = {};
+    if (w.offsets) {
+      left_offset = load(w.offsets + g * kPanel);
+      right_offset = load(w.offsets + g * kPanel + kWidth);
+    }
+    for (const int64_t end = std::min(w.in, i + size); i < end; i += kParts) {
+      const int32_t* words = w.codes + i / kParts * kPanel;
+      const Integers left = load_integers(words), right = load_integers(words + kWidth);
+#pragma GCC unroll 8
+      for (int k = 0; k < kParts; ++k)
+        use(i + k, decode<BITS>(left, k * BITS, table) * left_scale + left_offset,
+            decode<BITS>(right, k * BITS, table) * right_scale + right_offset);
+    }
+  }
+}
+
+template <int BITS>
+void decode_panel(const Coded& w, float* panel) {
+  each_input<BITS>(w, [&](int64_t i, Vector left, Vector right) {
+    store(panel + i * kPanel, left);
+    store(panel + i * kPanel + kWidth, right);
+  });
+}
+
+template <int ROWS, int BITS>
+void coded_rows(const float* x, int64_t rows, const Coded& w, const float* bias, float* y,
+                int64_t out, int64_t width) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS) return coded_rows<ROWS - 1, BITS>(x, rows, w, bias, y, out, width);
+    Vector sums[ROWS][2] = {};
+    each_input<BITS>(w, [&](int64_t i, Vector left, Vector right) {
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][0] += left * x[r * w.in + i];
+        sums[r][1] += right * x[r * w.in + i];
+      }
+    });
+    for (int r = 0; r < ROWS; ++r, y += out) {
+      float whole[kPanel];
+      store(whole, sums[r][0]);
+      store(whole + kWidth, sums[r][1]);
+      for (int64_t j = 0; j < width; ++j) y[j] = bias ? whole[j] + bias[j] : whole[j];
+    }
+  }
+}
+
+// Few rows: decoded in registers while they are multiplied. Many: decoded once, for all of them.
+constexpr int kCodedRows = kPanelRows > 12 ? 12 : kPanelRows;
+
+template <int BITS>
+void coded_product(const float* x, int64_t rows, const Coded& w, const float* bias, float* y,
+                   int64_t out, int64_t width) {
+  if (rows <= kCodedRows) return coded_rows<kCodedRows, BITS>(x, rows, w, bias, y, out, width);
+  thread_local std::vector<float> panel;
+  panel.resize(w.in * kPanel);
+  decode_panel<BITS>(w, panel.data());
+  panel_product(x, rows, w.in, panel.data(), nullptr, bias, y, out, width);
+}
+
 }  // namespace
 
 extern "C" {
@@ -379,38 +426,36 @@ void linear_panels(const float* x, int64_t rows, int64_t in, const float* panels
   });
 }
 
-// The same for NF4 weights: codes [out, in / 2], scales [out, in / 64], table [16].
-void linear_nf4(const float* x, int64_t rows, int64_t in, const uint8_t* codes,
-                const float* scales, const float* table, const float* bias, float* y, int64_t out,
-                const AdapterRows* groups, int64_t count, float* low) {
-  linear(x, x, rows, Nf4Weights{codes, scales, table, in}, bias, y, out, groups, count, low);
+// The same for coded panels, see Coded. `low_x` is what the adapters multiply: x has its columns in the
+// order of the groups, `low_x` in the layer's own.
+void linear_coded(const float* x, const float* low_x, int64_t rows, int64_t in, int64_t bits,
+                  const int32_t* codes, const float* scales, const float* offsets,
+                  const float* table, int64_t count, int64_t shift, const float* bias, float* y,
+                  int64_t out, const AdapterRows* groups, int64_t group_count, float* low) {
+  const Coded all{codes, scales, offsets, table, in, count, shift};
+  with_updates(low_x, in, y, out, groups, group_count, low, kPanel,
+               [&](int64_t first, int64_t last) {
+                 const Coded panel = all.panel(first / kPanel, bits);
+                 const float* own_bias = bias ? bias + first : nullptr;
+                 if (bits == 8)
+                   coded_product<8>(x, rows, panel, own_bias, y + first, out, last - first);
+                 else
+                   coded_product<4>(x, rows, panel, own_bias, y + first, out, last - first);
+               });
 }
 
-// The same for GPTQ weights of 2, 4 or 8 bits; see GptqWeights. `x` has its columns in the order of
-// the groups, `low_x` in the layer's own.
-void linear_gptq(const float* x, const float* low_x, int64_t rows, int64_t in, int64_t bits,
-                 const uint32_t* codes, const float* scales, int64_t count, int64_t shift,
-                 const float* bias, float* y, int64_t out, const AdapterRows* groups,
-                 int64_t group_count, float* low) {
-  const auto run = [&](auto w) {
-    linear(x, low_x, rows, w, bias, y, out, groups, group_count, low);
-  };
-  if (bits == 8) return run(GptqWeights<8>{codes, scales, count, shift, in});
-  if (bits == 4) return run(GptqWeights<4>{codes, scales, count, shift, in});
-  run(GptqWeights<2>{codes, scales, count, shift, in});
-}
-
-// All weights of a GPTQ layer, [out, in], for a product of many rows.
-void dequantize_gptq(int64_t in, int64_t bits, const uint32_t* codes, const float* scales,
-                     int64_t count, int64_t shift, float* weight, int64_t out) {
-  const auto run = [&](auto w) {
+// All weights of coded panels as floats: [out / 32 rounded up, in, 32].
+void decode_panels(int64_t in, int64_t bits, const int32_t* codes, const float* scales,
+                   const float* offsets, const float* table, int64_t count, int64_t shift,
+                   float* panels, int64_t number) {
+  const Coded all{codes, scales, offsets, table, in, count, shift};
 #pragma omp parallel for schedule(static)
-    for (int64_t o = 0; o < out; ++o)
-      for (int64_t i = 0; i < in; i += kWidth) store(weight + o * in + i, w.at(o, i));
-  };
-  if (bits == 8) return run(GptqWeights<8>{codes, scales, count, shift, in});
-  if (bits == 4) return run(GptqWeights<4>{codes, scales, count, shift, in});
-  run(GptqWeights<2>{codes, scales, count, shift, in});
+  for (int64_t p = 0; p < number; ++p) {
+    if (bits == 8)
+      decode_panel<8>(all.panel(p, bits), panels + p * in * kPanel);
+    else
+      decode_panel<4>(all.panel(p, bits), panels + p * in * kPanel);
+  }
 }
 
 }  // extern "C"

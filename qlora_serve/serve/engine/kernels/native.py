@@ -55,11 +55,16 @@ class Kernels:
         self.linear_panels = library.linear_panels
         self.linear_panels.restype = None
         self.linear_panels.argtypes = self.linear.argtypes
-        self.linear_nf4 = library.linear_nf4
-        self.linear_nf4.restype = None
-        self.linear_nf4.argtypes = [
-            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
-            _POINTER, _INT, _POINTER,
+        self.linear_coded = library.linear_coded
+        self.linear_coded.restype = None
+        self.linear_coded.argtypes = [
+            _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
+            _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
+        ]  # fmt: skip
+        self.decode_panels = library.decode_panels
+        self.decode_panels.restype = None
+        self.decode_panels.argtypes = [
+            _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT,
         ]  # fmt: skip
         self.rms_norm = library.rms_norm_f32
         self.rms_norm.restype = None
@@ -71,17 +76,6 @@ class Kernels:
         self.rotate.restype = None
         self.rotate.argtypes = [
             _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
-        ]  # fmt: skip
-        self.linear_gptq = library.linear_gptq
-        self.linear_gptq.restype = None
-        self.linear_gptq.argtypes = [
-            _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER,
-            _POINTER, _INT, _POINTER, _INT, _POINTER,
-        ]  # fmt: skip
-        self.dequantize_gptq = library.dequantize_gptq
-        self.dequantize_gptq.restype = None
-        self.dequantize_gptq.argtypes = [
-            _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT,
         ]  # fmt: skip
         self.attention = library.attention_f32
         self.attention.restype = None
