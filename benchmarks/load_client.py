@@ -24,7 +24,7 @@ class HttpJob:
 
 
 @dataclass
-class _Response:
+class Response:
     """What was received, and when; all times are of `time.perf_counter`."""
 
     asked: int
@@ -68,7 +68,7 @@ def measure(url: str, clients: list[list[HttpJob]]) -> Measurement:
     )
 
 
-async def _run(url: str, clients: list[list[HttpJob]]) -> tuple[float, list[_Response]]:
+async def _run(url: str, clients: list[list[HttpJob]]) -> tuple[float, list[Response]]:
     unlimited = httpx.Limits(max_connections=None)
     # No proxy of the environment: the servers are near.
     async with httpx.AsyncClient(timeout=None, limits=unlimited, trust_env=False) as http:
@@ -81,12 +81,12 @@ async def _run(url: str, clients: list[list[HttpJob]]) -> tuple[float, list[_Res
     return start, [response for responses in done for response in responses]
 
 
-async def _client(http: httpx.AsyncClient, url: str, jobs: list[HttpJob]) -> list[_Response]:
+async def _client(http: httpx.AsyncClient, url: str, jobs: list[HttpJob]) -> list[Response]:
     responses = []
     for job in jobs:
         if job.delay:
             await asyncio.sleep(job.delay)
-        record = _Response(asked=job.body["max_tokens"], sent=time.perf_counter())
+        record = Response(asked=job.body["max_tokens"], sent=time.perf_counter())
         request = http.stream("POST", f"{url}/chat/completions", json=job.body)
         async with request as response:
             record.status = response.status_code
@@ -96,7 +96,7 @@ async def _client(http: httpx.AsyncClient, url: str, jobs: list[HttpJob]) -> lis
     return responses
 
 
-def parse(response: _Response) -> Answer:
+def parse(response: Response) -> Answer:
     """Reads a stream of OpenAI's chunks.
 
     Raises:

@@ -1,60 +1,36 @@
-"""Results: medians, ratios pair by pair, the table, the JSON file and the SVG plot."""
+"""The report: the tables, the JSON file and the SVG plot."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from limits import Verdict
+from results import Outcome, Results, latencies, milliseconds, rate, ratios
 from rich.console import Console
 from rich.table import Table
 from servers import OWN_NAME
 from workload import OUTPUT_TOKENS, PROMPT_TOKENS, Case, Measurement
 
-Results = dict[str, dict[str, list[Measurement]]]
-"""Case → system → one measurement a round."""
 
-
-def percentile(values: list[float], share: float) -> float | None:
-    """The value below which a share of all values lies, interpolated; None for no values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def ratios(ours: list[Measurement], theirs: list[Measurement]) -> list[float]:
-    """Tokens per second, ours over theirs, of each round that both have."""
-    pairs = zip(ours, theirs, strict=False)
-    return [one.tokens_per_second / other.tokens_per_second for one, other in pairs]
-
-
-def rate(turns: list[Measurement]) -> float:
-    """The median of the rounds' tokens per second."""
-    return median(turn.tokens_per_second for turn in turns)
-
-
-def latencies(turns: list[Measurement]) -> dict[str, float | None]:
-    """Percentiles over the requests of all rounds, in seconds."""
-    ttfts = [value for turn in turns for value in turn.ttfts]
-    itls = [value for turn in turns for value in turn.itls]
-    return {
-        "ttft_p50": percentile(ttfts, 0.50),
-        "ttft_p95": percentile(ttfts, 0.95),
-        "itl_p50": percentile(itls, 0.50),
-        "itl_p95": percentile(itls, 0.95),
-    }
-
-
-def print_report(console: Console, cases: list[Case], results: Results) -> None:
-    """Prints all systems side by side, then each system's cases against one another."""
-    console.print(_systems_table(cases, results))
-    versus = _cases_table(cases, results)
-    if versus.row_count:
-        console.print(versus)
+def print_report(
+    console: Console,
+    cases: list[Case],
+    results: Results,
+    outcomes: Mapping[str, Outcome],
+    verdicts: Sequence[Verdict],
+) -> None:
+    """Prints all systems side by side, their cases against one another, and the limits."""
+    for table in (_systems_table(cases, results), _cases_table(cases, results)):
+        if table.row_count:
+            console.print(table)
+    for name, outcome in outcomes.items():
+        console.print(f"[bold]{name}[/]: {outcome.summary}", soft_wrap=True, highlight=False)
+    if verdicts:
+        console.print(_limits_table(verdicts))
 
 
 def _systems_table(cases: list[Case], results: Results) -> Table:
@@ -73,7 +49,7 @@ def _systems_table(cases: list[Case], results: Results) -> Table:
                 system,
                 f"{rate(turns):.1f}",
                 "" if is_own else _ratio_text(ratios(own, turns)),
-                *(_milliseconds(value) for value in latencies(turns).values()),
+                *(milliseconds(value) for value in latencies(turns).values()),
                 style="bold" if is_own else None,
             )
         table.add_section()
@@ -93,10 +69,30 @@ def _cases_table(cases: list[Case], results: Results) -> Table:
     return table
 
 
-def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds * 1000:.{1 if seconds < 0.1 else 0}f} ms"
+def _limits_table(verdicts: Sequence[Verdict]) -> Table:
+    table = Table(title="Against the limits")
+    for column in ("case", "what"):
+        table.add_column(column, no_wrap=True)
+    for column in ("must", "is", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    words = {True: "pass", False: "FAIL", None: "–"}
+    styles = {True: None, False: "bold red", None: "dim"}
+    for verdict in verdicts:
+        table.add_row(
+            verdict.case,
+            verdict.claim,
+            verdict.must,
+            "not measured" if verdict.measured is None else _measured_text(verdict),
+            words[verdict.passed],
+            style=styles[verdict.passed],
+        )
+    return table
+
+
+def _measured_text(verdict: Verdict) -> str:
+    low, high = min(verdict.values), max(verdict.values)
+    spread = f" ({low:.2f}–{high:.2f})" if len(verdict.values) > 1 else ""
+    return f"{verdict.measured:.2f} ×{spread}"
 
 
 def _measured(results: Results, case: str) -> dict[str, list[Measurement]]:
@@ -110,7 +106,14 @@ def _ratio_text(values: list[float]) -> str:
     return f"{median(values):.2f} ×{spread}"
 
 
-def write_json(file: Path, machine: dict[str, Any], cases: list[Case], results: Results) -> None:
+def write_json(
+    file: Path,
+    machine: dict[str, Any],
+    cases: list[Case],
+    results: Results,
+    outcomes: Mapping[str, Outcome],
+    verdicts: Sequence[Verdict],
+) -> None:
     """Writes every round's figures and their summaries, for the docs and for later comparisons."""
     content = {
         "machine": machine,
@@ -126,6 +129,8 @@ def write_json(file: Path, machine: dict[str, Any], cases: list[Case], results: 
             }
             for case in cases
         ],
+        "scenarios": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        "limits": [asdict(verdict) for verdict in verdicts],
     }
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

