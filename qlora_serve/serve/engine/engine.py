@@ -54,6 +54,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the engine's thread."""
+        self.runner.release_threads()  # of the thread that loaded the base
         self._thread.start()
 
     def stop(self) -> None:

@@ -66,6 +66,14 @@ class Runner:
         attention = sum(2 * heads * shape.head_dim for shape in self._context.shapes.values())
         return max(1, int(linear) // attention)
 
+    def release_threads(self) -> None:
+        """Ends the calling thread's own team of OpenMP threads, so that the engine's is the only one.
+
+        To be called by a thread that has computed something, when it is done.
+        """
+        if self._context.kernels is not None:
+            self._context.kernels.release_threads()
+
     def allocate(self, limits: Limits) -> Limits:
         """Makes room for keys and values; returns the limits with this model's windows."""
         limits = replace(limits, windows=self.windows)
@@ -80,8 +88,11 @@ class Runner:
         self.base.model(input_ids=one, position_ids=one, use_cache=False)
 
     def resident(self, name: str, weights: Any) -> Any:
-        """See `AdapterLayers.make_resident`."""
-        return self.layers.make_resident(name, weights, self._dtype, self.base.device)
+        """See `AdapterLayers.make_resident`; not for the engine's own thread."""
+        try:
+            return self.layers.make_resident(name, weights, self._dtype, self.base.device)
+        finally:
+            self.release_threads()
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, int | None]]:

@@ -406,6 +406,11 @@ void coded_product(const float* x, int64_t rows, const Coded& w, const float* bi
 
 extern "C" {
 
+// Ends the calling thread's team of helpers; the next parallel region makes a new one. While there are
+// more teams than cores, the library lets everybody sleep at each barrier, which doubles the time of
+// a small layer.
+void release_threads() { omp_pause_resource_all(omp_pause_soft); }
+
 // y = x wᵀ + bias, plus each adapter's update of its own rows.
 //   x [rows, in], w [out, in], bias [out] or null, y [rows, out]
 //   groups [count]; low: scratch for the sum over groups of (last - first) * rank floats

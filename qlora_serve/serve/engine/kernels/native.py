@@ -52,6 +52,9 @@ class Kernels:
         self.linear.argtypes = [
             _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
         ]  # fmt: skip
+        self.release_threads = library.release_threads
+        self.release_threads.restype = None
+        self.release_threads.argtypes = []
         self.linear_panels = library.linear_panels
         self.linear_panels.restype = None
         self.linear_panels.argtypes = self.linear.argtypes
