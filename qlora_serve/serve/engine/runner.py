@@ -67,7 +67,7 @@ class Runner:
         return max(1, int(linear) // attention)
 
     def release_threads(self) -> None:
-        """Ends the calling thread's own team of OpenMP threads, so that the engine's is the only one.
+        """Ends the calling thread's team of OpenMP threads, so that the engine's is the only one.
 
         To be called by a thread that has computed something, when it is done.
         """
