@@ -1,18 +1,20 @@
 """How fast a streamed merge is beside copying the files, and how much memory it takes.
 
-    python benchmarks/merge.py                    a random base of 1.1 GB in bfloat16
+    python benchmarks/merge.py                    a random base of 1.7 GB in bfloat16, 3 rounds
     python benchmarks/merge.py --quick            30 MB, to see that it runs
     python benchmarks/merge.py --layers 28 --hidden 3072 --shard 2GB
 
-Each measurement is a process of its own, so that its peak memory is its own. Both write to the same
-disk and flush what they wrote. The merge is the writing of the weights alone, without the proof.
+Copying and merging take turns, each in a process of its own. Both read what the page cache holds,
+write to the same disk and flush what they wrote. The merge is the writing of the weights alone,
+without the proof. Its memory is the peak of the process while it merges, less what the process took
+right before: with all libraries loaded and the adapter attached once.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,19 +25,19 @@ from pathlib import Path
 def main() -> None:
     """Writes a base and an adapter, measures copying and merging, and prints both."""
     flags = _flags()
-    if flags.worker:
-        print(json.dumps(_WORKERS[flags.worker](Path(flags.folder), flags.shard)))
-        return
     if flags.quick:
         flags.layers, flags.hidden, flags.vocabulary, flags.shard = 2, 512, 4096, "10MB"
+    if flags.worker:
+        print(json.dumps(_WORKERS[flags.worker](Path(flags.folder), flags)))
+        return
     folder = Path(tempfile.mkdtemp(dir=flags.folder))
     try:
-        _write_base(folder, flags)
-        rows = {}
-        for name in ("start", "copy", "merge"):
-            best = min((_measure(name, folder, flags) for _ in range(flags.repeat)), key=_seconds)
-            rows[name] = best
-        _print(rows, _largest_shard(folder / "base"))
+        _run("write", folder, sys.argv[1:])
+        rounds = [
+            {name: _measure(name, folder, flags.shard) for name in ("copy", "merge")}
+            for _ in range(flags.repeat)
+        ]
+        _print(rounds, folder / "base")
     finally:
         shutil.rmtree(folder)
 
@@ -46,7 +48,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--shard", default="500MB")
+    parser.add_argument("--shard", default="200MB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", default=None, help="on the disk to measure")
     parser.add_argument("--quick", action="store_true")
@@ -54,7 +56,8 @@ def _flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_base(folder: Path, flags: argparse.Namespace) -> None:
+def _write(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """A random base and an adapter on all its linear layers."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -77,53 +80,53 @@ def _write_base(folder: Path, flags: argparse.Namespace) -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     peft_model.save_pretrained(folder / "adapter")
+    return {}
 
 
-def _measure(name: str, folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+def _measure(name: str, folder: Path, shard: str) -> dict[str, float]:
     shutil.rmtree(folder / "out", ignore_errors=True)
-    call = [sys.executable, __file__, "--worker", name, "--folder", str(folder)]
-    done = subprocess.run(
-        [*call, "--shard", flags.shard], check=True, stdout=subprocess.PIPE, text=True
-    )
+    os.sync()  # what others wrote is not to be waited for
+    return _run(name, folder, ["--shard", shard])
+
+
+def _run(name: str, folder: Path, flags: list[str]) -> dict[str, float]:
+    call = [sys.executable, __file__, *flags, "--worker", name, "--folder", str(folder)]
+    done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def _start(folder: Path, shard: str) -> dict[str, float]:
-    """What the libraries alone take."""
-    _prepare(folder)
-    return {"seconds": 0.0, "memory": _peak()}
-
-
-def _copy(folder: Path, shard: str) -> dict[str, float]:
+def _copy(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
     started = time.perf_counter()
     (folder / "out").mkdir()
     for file in (folder / "base").glob("*.safetensors"):
         shutil.copyfile(file, folder / "out" / file.name)
     _flush(folder / "out")
-    return {"seconds": time.perf_counter() - started, "memory": _peak()}
+    return {"seconds": time.perf_counter() - started}
 
 
-def _merge(folder: Path, shard: str) -> dict[str, float]:
+def _merge(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    from qlora_serve.adapters.files import read_adapter
+    from qlora_serve.base.skeleton import build_skeleton
+    from qlora_serve.base.source import locate_base
+    from qlora_serve.merge.bake import attach_adapter, empty_weights
     from qlora_serve.merge.stream import merge_streamed
 
-    source, adapter = _prepare(folder)
+    source, adapter = locate_base(str(folder / "base")), read_adapter(folder / "adapter")
+    skeleton = build_skeleton(source)
+    empty_weights(skeleton)
+    attach_adapter(skeleton, adapter, weightless=True)
     (folder / "out").mkdir()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
     started = time.perf_counter()
-    merge_streamed(folder / "out", source, adapter, "bfloat16", shard, None, lambda done: None)
-    _flush(folder / "out")
-    return {"seconds": time.perf_counter() - started, "memory": _peak()}
+    out, shard = folder / "out", flags.shard
+    merge_streamed(out, source, adapter, "bfloat16", shard, None, lambda done: None)
+    _flush(out)
+    return {"seconds": time.perf_counter() - started, "memory": _status("VmHWM") - before}
 
 
-_WORKERS = {"start": _start, "copy": _copy, "merge": _merge}
-
-
-def _prepare(folder: Path) -> tuple[object, object]:
-    import qlora_serve.merge.stream  # noqa: F401
-    from qlora_serve.adapters.files import read_adapter
-    from qlora_serve.base.source import locate_base
-
-    return locate_base(str(folder / "base")), read_adapter(folder / "adapter")
+_WORKERS = {"write": _write, "copy": _copy, "merge": _merge}
 
 
 def _flush(folder: Path) -> None:
@@ -133,25 +136,24 @@ def _flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+def _status(name: str) -> float:
+    """Bytes that Linux counts for this process; `ru_maxrss` would begin with its parent's peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024.0
 
 
-def _seconds(row: dict[str, float]) -> float:
-    return row["seconds"]
-
-
-def _largest_shard(base: Path) -> int:
-    return max(file.stat().st_size for file in base.glob("*.safetensors"))
-
-
-def _print(rows: dict[str, dict[str, float]], shard: int) -> None:
-    copied, merged = rows["copy"]["seconds"], rows["merge"]["seconds"]
-    extra = rows["merge"]["memory"] - rows["start"]["memory"]
-    print(f"copying            {copied:8.2f} s")
-    print(f"streamed merge     {merged:8.2f} s   {copied / merged:.2f} of the speed of copying")
-    print(f"largest shard      {shard / 1e6:8.0f} MB")
-    print(f"memory of merging  {extra / 1e6:8.0f} MB   {extra / shard:.2f} of the largest shard")
+def _print(rounds: list[dict[str, dict[str, float]]], base: Path) -> None:
+    sizes = [file.stat().st_size for file in base.glob("*.safetensors")]
+    print(f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files, the largest {max(sizes) / 1e6:.0f} MB")
+    for number, found in enumerate(rounds, 1):
+        copied, merged = found["copy"]["seconds"], found["merge"]["seconds"]
+        print(f"round {number}: copying {copied:.2f} s, merging {merged:.2f} s")
+    copied = statistics.median(found["copy"]["seconds"] for found in rounds)
+    merged = statistics.median(found["merge"]["seconds"] for found in rounds)
+    memory = max(found["merge"]["memory"] for found in rounds)
+    print(f"medians: {copied:.2f} s and {merged:.2f} s, {copied / merged:.2f} of copying's speed")
+    print(f"memory: {memory / 1e6:.0f} MB, {memory / max(sizes):.2f} of the largest file")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """Putting an adapter onto a model, and into its weights. PEFT does both."""
 
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors.torch import save_file
 
-from qlora_serve.adapters.files import AdapterFiles
+from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from qlora_serve.base.gptq import before_peft
 from qlora_serve.errors import MergeError
 from qlora_serve.merge.vocabulary import replaced_whole
@@ -57,12 +62,26 @@ def attach_adapter(model: Any, adapter: AdapterFiles, weightless: bool = False) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings, which are dealt with
-            return PeftModel.from_pretrained(
-                model, str(adapter.path), low_cpu_mem_usage=weightless
-            ).eval()
+            with _as_peft_reads(adapter) as folder:
+                return PeftModel.from_pretrained(
+                    model, str(folder), low_cpu_mem_usage=weightless
+                ).eval()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MergeError(f"PEFT cannot load adapter {adapter.path}: {reason}") from error
+
+
+@contextmanager
+def _as_peft_reads(adapter: AdapterFiles) -> Iterator[Path]:
+    """The adapter's directory; for one in shards, which PEFT does not read, a copy in one file."""
+    if [file.name for file in adapter.weight_files] == [WEIGHTS_FILE]:
+        yield adapter.path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
+        save_file(adapter.load_tensors(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        yield folder
 
 
 def empty_weights(skeleton: Any) -> None:

@@ -46,8 +46,16 @@ class MergeSettings(Settings):
     """The size of a base's weights from which on `--streaming auto` streams."""
     proof_dtype: OutputDType = "float32"
     """What the proof computes in; 16 bits halve its memory, for streamed merges only."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Also write a quantized copy of the merged model, to a directory beside it: OUTPUT-nf4."""
+    quantize: Literal["none", "nf4", "gptq"] = "none"
+    """Also write a quantized copy of the merged model, to a directory beside it: OUTPUT-nf4 or
+    OUTPUT-gptq; the report compares the two."""
+    gptq_bits: int | None = None
+    """With `--quantize gptq`: 2, 3, 4 (default) or 8."""
+    gptq_group_size: int | None = None
+    """With `--quantize gptq`: inputs that share a scale; by default that of `base prepare`."""
+    calibration: Path | None = None
+    """With `--quantize gptq`: JSONL rows of {"messages": [...]} or {"text": "..."}, best the data
+    that the adapter was trained on; by default those that come along."""
     gguf: tuple[GgufType, ...] = ()
     """Also write a GGUF file of this type beside the weights: f32, f16, bf16 or q8_0; may be given
     several times."""
@@ -79,6 +87,18 @@ class MergeSettings(Settings):
             raise ValueError(
                 "--proof-dtype is for streamed merges; a merge in memory computes in float32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_gptq(self) -> "MergeSettings":
+        given = [
+            name
+            for name in ("gptq_bits", "gptq_group_size", "calibration")
+            if getattr(self, name) is not None
+        ]
+        if given and self.quantize != "gptq":
+            flag = given[0].replace("_", "-")
+            raise ValueError(f"--{flag} is for --quantize gptq only; leave it out")
         return self
 
     @property

@@ -63,6 +63,10 @@ class MergeReport(BaseModel):
     """What merging costs: the written model against the adapter on the quantized base."""
     merged_against_quantized_note: str
     """Why that was not measured; empty when it was."""
+    quantized: str | None = None
+    """The directory of the quantized copy, when one was asked for."""
+    quantized_against_merged: Comparison | None = None
+    """What quantizing costs: the quantized copy against the merged model."""
     gguf: dict[str, Comparison] = {}
     """GGUF file → its logits against the merged model's."""
     versions: dict[str, str]
@@ -89,6 +93,10 @@ def report_table(report: MergeReport) -> Any:
         table.add_section()
         label = f"merged, against the adapter on the {report.trained_on} base"
         table.add_row(label, *_cells(report.merged_against_quantized))
+    if report.quantized is not None and report.quantized_against_merged is not None:
+        table.add_section()
+        label = f"{Path(report.quantized).name}, against the merged model"
+        table.add_row(label, *_cells(report.quantized_against_merged))
     table.caption = (
         f"tolerance {report.tolerance:g}; differences in standard deviations of the logits"
     )

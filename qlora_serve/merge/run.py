@@ -2,7 +2,6 @@
 
 import gc
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from qlora_serve.adapters.peft_config import base_changing_start
 from qlora_serve.adapters.weights import check_finite
 from qlora_serve.base.identity import weight_files
 from qlora_serve.base.load import LoadedBase, load_base
-from qlora_serve.base.prepare import prepare_base
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.base.tokenizer import stop_token_ids
@@ -40,12 +38,13 @@ from qlora_serve.merge.proof import (
     compare,
     find_fault,
 )
+from qlora_serve.merge.quantized import quantize_merged, require_quantizer
 from qlora_serve.merge.report import MergeReport, write_report
 from qlora_serve.merge.sources import MergeBase, choose_base, stored_dtype
 from qlora_serve.merge.stream import count_tensors, merge_streamed, why_not_streamable
 from qlora_serve.merge.tokens import choose_tokenizer
 from qlora_serve.merge.vocabulary import enlarge, enlarged_vocabulary
-from qlora_serve.progress import console, progress
+from qlora_serve.progress import progress
 from qlora_serve.settings import parse_bytes
 
 # Below these an adapter changes nothing but the last bit of a float32.
@@ -104,15 +103,18 @@ def merge_adapter(settings: MergeSettings) -> MergeReport:
             not answer as the adapter does.
         OutputError: the output holds something, or the disk is full.
     """
-    if settings.quantize != "none":
-        require_free_output(settings.quantized_output)
-        _require_quantizer(settings.quantize)
-    report = _merge_and_prove(_prepare(settings))
+    require_quantizer(settings)
+    job = _prepare(settings)
+    report = _merge_and_prove(job)
     if settings.quantize != "none":
         gc.collect()
-        prepare_base(
-            str(settings.output), settings.quantized_output, settings.quantize, console.print
-        )
+        probes = choose_probes(job.adapter, job.tokenizer, job.vocabulary)
+        found = {
+            "quantized": str(settings.quantized_output),
+            "quantized_against_merged": quantize_merged(settings, probes, report.stop_token_ids),
+        }
+        report = report.model_copy(update=found)
+        write_report(settings.output, report)
     return report
 
 
@@ -311,11 +313,6 @@ def _require_change(job: _Job, changes: dict[str, float], effect: Comparison) ->
         f"{weight_change:.1g}): it was never trained, or it was saved before training; nothing "
         "was published"
     )
-
-
-def _require_quantizer(kind: str) -> None:
-    if kind == "nf4" and find_spec("bitsandbytes") is None:
-        raise MergeError("--quantize nf4 needs bitsandbytes: pip install 'qlora-serve[quant]'")
 
 
 def _stop_token_ids(job: _Job, base: LoadedBase) -> list[int]:

@@ -19,7 +19,7 @@ from qlora_serve.base.source import BaseSource
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """How much is read, computed and written at once."""
 
 
@@ -43,20 +43,27 @@ class StoredTensor:
         """Blocks of rows, in order: (first row, tensor in the stored dtype).
 
         A block has about `BLOCK_BYTES` of float32, so that what is computed from it stays in the
-        processor's cache. Each block is the caller's own.
+        processor's cache, and no fewer than `least` rows where the tensor has them. All blocks
+        share one buffer: each is valid until the next is asked for.
         """
         dtype = TORCH_DTYPES[self.dtype]
         count = self.shape[0] if self.shape else 1
         width = prod(self.shape[1:])
         step = max(least, BLOCK_BYTES // max(1, 4 * width))
+        buffer = bytearray(min(count, step + least - 1) * width * dtype.itemsize)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset)
-            for first in range(0, count, step):
+            first = 0
+            while first < count:
                 rows = min(step, count - first)
-                buffer = bytearray(rows * width * dtype.itemsize)
-                _fill(stream, buffer)
+                if count - first - rows < least:
+                    rows = count - first
+                size = rows * width * dtype.itemsize
+                _fill(stream, memoryview(buffer)[:size])
                 shape = (rows, *self.shape[1:]) if self.shape else ()
-                yield first, torch.frombuffer(buffer, dtype=dtype).view(shape)
+                numbers = torch.frombuffer(buffer, dtype=dtype, count=rows * width)
+                yield first, numbers.view(shape)
+                first += rows
 
     def whole(self) -> Any:
         """The tensor, in the stored dtype."""
@@ -148,8 +155,7 @@ def tensor_bytes(tensor: Any) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _fill(stream: Any, buffer: bytearray) -> None:
-    view = memoryview(buffer)
+def _fill(stream: Any, view: memoryview) -> None:
     while view:
         count = stream.readinto(view)
         if not count:

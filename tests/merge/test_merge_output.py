@@ -161,3 +161,21 @@ def test_quantized_copy_beside_the_merged_model(adapter, tmp_path):
     assert copy.unquantized == str(tmp_path / "merged")
     with pytest.raises(OutputError, match="merged-nf4 already holds"):
         merge_adapter(MergeSettings.model_validate(settings | {"output": tmp_path / "merged"}))
+
+
+@pytest.mark.parametrize("streaming", ["off", "on"])
+def test_adapter_in_shards_merges_as_in_one_file(tiny, adapter, tmp_path, streaming):
+    from safetensors.torch import load_file, save_file
+
+    whole = tmp_path / "whole"
+    settings = {"adapter": adapter, "streaming": streaming, "compare_quantized": False}
+    merge_adapter(MergeSettings.model_validate(settings | {"output": whole}))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = sorted(tensors)
+    for number, part in enumerate((names[:5], names[5:]), start=1):
+        file = adapter / f"adapter_model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, file)
+    (adapter / "adapter_model.safetensors").unlink()
+    merge_adapter(MergeSettings.model_validate(settings | {"output": tmp_path / "merged"}))
+    got = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert got == (whole / "model.safetensors").read_bytes()
