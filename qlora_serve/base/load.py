@@ -182,7 +182,14 @@ def _torch_dtype(dtype: DType, device: Any) -> Any:
         return getattr(torch, dtype)
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
+
+
+def has_bfloat16(device: Any) -> bool:
+    """Whether a device is a GPU that computes in bfloat16 itself; older ones emulate it, slowly."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _quantization_settings(

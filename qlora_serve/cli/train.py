@@ -13,7 +13,7 @@ _PANELS = {
     "Method": [
         "method", "rank", "alpha", "use_rslora", "use_dora", "init", "dropout", "bias",
         "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
-        "modules_to_save", "trainable_tokens", "loraplus_ratio",
+        "modules_to_save", "trainable_tokens", "add_tokens", "loraplus_ratio",
     ],
     "Data": [
         "rows", "eval_data", "eval_split", "train_on", "max_length", "packing",
@@ -25,7 +25,7 @@ _PANELS = {
         "max_grad_norm", "gradient_checkpointing", "liger",
     ],
     "Evaluation": [
-        "eval_every", "load_best", "early_stopping", "sample_prompt",
+        "eval_every", "load_best", "early_stopping", "sample_prompt", "sample_rows",
         "sample_tokens",
     ],
     "Processes": ["processes", "deepspeed", "nodes", "node_rank", "rendezvous"],

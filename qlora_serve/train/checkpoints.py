@@ -25,7 +25,8 @@ STATE_FILE = "trainer_state.json"
 
 # Settings that change nothing in the numbers of a run: where it writes, and what it shows.
 _FREE = frozenset(
-    {"output", "save_every", "keep", "resume", "sample_prompt", "sample_tokens", "unquantized_base",
+    {"output", "save_every", "keep", "resume", "sample_prompt", "sample_rows", "sample_tokens",
+     "unquantized_base",
      "load_best", "rendezvous", "data", "base", "eval_data",
      "eval_split", "rows"}
 )  # fmt: skip

@@ -61,7 +61,11 @@ class TrainSettings(DataSettings):
     """Modules that are trained whole and saved with the adapter, such as embed_tokens and lm_head;
     may be given again."""
     trainable_tokens: tuple[str, ...] = ()
-    """Tokens whose embeddings are trained, by their text; may be given again."""
+    """Tokens whose rows of embedding and output head are trained, by their text; may be given
+    again."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens, whose rows are trained and saved with the adapter, and its tokenizer with them;
+    may be given again."""
     loraplus_ratio: float | None = Field(None, ge=1)
     """Learn the B matrices this many times faster than the A matrices (LoRA+)."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -111,6 +115,8 @@ class TrainSettings(DataSettings):
     sample_prompt: tuple[str, ...] = ()
     """A question to answer before, during (at each evaluation) and after training; may be given
     again."""
+    sample_rows: int = Field(0, ge=0)
+    """Answer also the last question of so many rows, of the held-out ones where there are any."""
     sample_tokens: int = Field(64, ge=1)
     """The longest answer to it, in tokens."""
 
@@ -235,7 +241,7 @@ def _method_problem(settings: TrainSettings) -> str | None:
                 f"{settings.quantization} would round differently; use --quantization none, or "
                 "--init loftq"
             )
-        others = ["use_dora", "modules_to_save", "trainable_tokens"]
+        others = ["use_dora", "modules_to_save", "trainable_tokens", "add_tokens"]
         given = [name for name in others if getattr(settings, name)]
         given += ["bias"] if settings.bias != "none" else []
         if given:

@@ -16,6 +16,7 @@ from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.untrained import untrained_template_tokens, vocabulary_weights
 from qlora_serve.errors import BaseModelError, ConfigError
 from qlora_serve.train.config import ALL_LINEAR, TrainSettings
+from qlora_serve.train.precision import train_in_float32
 from qlora_serve.train.save import keep_start
 
 TRAINABLE_QUANTIZATIONS = ("none", "nf4", "int8", "gptq")
@@ -42,6 +43,7 @@ def build_model(base: LoadedBase, settings: TrainSettings, base_name: str, batch
         BaseModelError: bases quantized like this one cannot be trained on.
         ConfigError: a setting does not fit the base.
     """
+    _let_padding_learn(base.model)
     if settings.method == "full":
         return _whole_model(base, settings)
     model = add_lora(base, settings, base_name)
@@ -51,10 +53,20 @@ def build_model(base: LoadedBase, settings: TrainSettings, base_name: str, batch
         _start_from_rounding(model, base)
     elif settings.init in ("pissa", "olora"):
         _keep_start(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
+    train_in_float32(model, getattr(torch, base.dtype))
     return model
+
+
+def _let_padding_learn(model: Any) -> None:
+    """Lets the row of the padding token have gradients.
+
+    torch keeps that row of an embedding from ever learning. Where the padding token is also the
+    end token, that is the row of the end of every turn; and what is only padding is never attended
+    to, so that its gradient is zero anyway.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def _whole_model(base: LoadedBase, settings: TrainSettings) -> Any:
@@ -122,8 +134,9 @@ def _lora_config(base: LoadedBase, settings: TrainSettings) -> Any:
         if targets == ALL_LINEAR:
             targets = _all_linear(base.model)  # PEFT takes layers only with names
         extra["layers_to_transform"] = list(settings.layers_to_transform)
-    if settings.trainable_tokens:
-        extra["trainable_token_indices"] = _token_ids(base.tokenizer, settings.trainable_tokens)
+    trained = _trained_tokens(base, settings)
+    if trained:
+        extra["trainable_token_indices"] = trained
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -139,6 +152,40 @@ def _lora_config(base: LoadedBase, settings: TrainSettings) -> Any:
         task_type="CAUSAL_LM",
         **extra,
     )
+
+
+def _trained_tokens(base: LoadedBase, settings: TrainSettings) -> Any:
+    """PEFT's `trainable_token_indices`.
+
+    Of an output head with weights of its own the rows are trained too: a token whose row there
+    stays as it was is read, but never said.
+    """
+    tokens = settings.trainable_tokens
+    if not saves_vocabulary(base.model, settings):
+        tokens += settings.add_tokens
+    if not tokens:
+        return None
+    ids = _token_ids(base.tokenizer, tokens)
+    inside, outside = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    if outside is None or outside.weight is inside.weight:
+        return ids
+    return dict.fromkeys(sorted(_vocabulary_names(base.model)), ids)
+
+
+def saves_vocabulary(model: Any, settings: TrainSettings) -> bool:
+    """Whether embedding and output head are trained whole.
+
+    Raises:
+        ConfigError: with new tokens, only one of them is.
+    """
+    names = _vocabulary_names(model)
+    chosen = names & set(settings.modules_to_save)
+    if settings.add_tokens and chosen and chosen != names:
+        raise ConfigError(
+            f"modules_to_save: with add_tokens, name all of {', '.join(sorted(names))}, or none of "
+            "them to train the new rows only"
+        )
+    return bool(chosen)
 
 
 def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
@@ -253,7 +300,8 @@ def untaught_tokens(
         return []
     weights = vocabulary_weights(base.model) if weights is None else weights
     found = untrained_template_tokens(base.tokenizer, weights)
-    return [token for token in found if token not in settings.trainable_tokens]
+    taught = {*settings.trainable_tokens, *settings.add_tokens}
+    return [token for token in found if token not in taught]
 
 
 def _vocabulary_names(model: Any) -> set[str]:

@@ -1,18 +1,44 @@
 """Answers to fixed prompts, so that one can read what training does."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qlora_serve.base.tokenizer import encode_text, render_chat
+from qlora_serve.train.data import ChatRow, Message
 from qlora_serve.train.log import Sample
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat that waits for an answer."""
+
+    shown: str
+    """What the log calls it: its last words."""
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def ask(prompt: str) -> Question:
+    """A question on its own."""
+    return Question(prompt, [{"role": "user", "content": prompt}])
+
+
+def question_of(row: ChatRow) -> Question:
+    """A row of the data up to its last answer."""
+    last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
+    messages = row.messages[:last]
+    shown = str(messages[-1]["content"]) if messages else ""
+    return Question(shown, messages, row.tools)
 
 
 class Sampler:
     """Answers the same prompts greedily, whenever it is asked."""
 
     def __init__(
-        self, tokenizer: Any, stop_token_ids: list[int], prompts: tuple[str, ...], tokens: int
+        self, tokenizer: Any, stop_token_ids: list[int], prompts: Sequence[Question], tokens: int
     ) -> None:
         self._tokenizer = tokenizer
         self._stops = stop_token_ids
@@ -35,8 +61,7 @@ class Sampler:
         model.eval()
         found = []
         for prompt in self._prompts:
-            chat = [{"role": "user", "content": prompt}]
-            text = render_chat(self._tokenizer, chat, add_generation_prompt=True)
+            text = render_chat(self._tokenizer, prompt.messages, True, prompt.tools)
             ids = torch.tensor([encode_text(self._tokenizer, text)], device=model.device)
             output = model.generate(
                 input_ids=ids,
@@ -52,6 +77,6 @@ class Sampler:
                 synced_gpus=shards,
             )
             answer = self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-            found.append(Sample(step, prompt, answer))
+            found.append(Sample(step, prompt.shown, answer))
         model.train(was_training)
         return found

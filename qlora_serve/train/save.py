@@ -15,21 +15,43 @@ from qlora_serve.train.parallel import is_main
 
 TRAINED_FILE = "trained.safetensors"
 """In a checkpoint whose adapter was converted: the tensors as they are being trained."""
+GREW = "qlora_serve_grew"
+"""The attribute of a base whose embeddings were enlarged for new tokens."""
 
 
 def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Every trainable parameter by its name, whole, on the CPU.
+    """Every parameter that is to be saved by its name, whole, on the CPU.
+
+    These are the trainable ones and, where the vocabulary grew, the embeddings.
 
     Under ZeRO-3 a parameter is an empty tensor between the steps, each process holding a part of
     it elsewhere; all processes must call this.
     """
     found = {}
+    grown = _grown_embeddings(model)
     # Shared parameters too: PEFT looks for each of its modules under its own name.
     for name, parameter in model.named_parameters(remove_duplicate=not is_adapter(model)):
-        if parameter.requires_grad:
+        if parameter.requires_grad or name in grown:
             with _whole(parameter):
                 found[name] = parameter.detach().to("cpu", copy=True).contiguous()
     return found
+
+
+def _grown_embeddings(model: Any) -> set[str]:
+    """What an adapter holds besides its trained rows where the vocabulary grew: embedding and
+    output head whole, once where they are tied, unless they are trained whole anyway."""
+    if not is_adapter(model) or not getattr(model.get_base_model(), GREW, False):
+        return set()
+    base = model.get_base_model()
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    found, seen = set(), set()
+    for layer in layers:
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            is_within = any(parameter is own for own in layer.parameters())
+            if is_within and not parameter.requires_grad and id(parameter) not in seen:
+                found.add(path)
+                seen.add(id(parameter))
+    return {path for path in found if ".original_module." not in path}
 
 
 def is_adapter(model: Any) -> bool:
@@ -70,7 +92,7 @@ def adapter_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, t
     from peft import get_peft_model_state_dict
 
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, state_dict=tensors, save_embedding_layers=False
+        model, state_dict=tensors, save_embedding_layers=bool(_grown_embeddings(model))
     )
     return state
 
@@ -102,7 +124,7 @@ def save_adapter(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> 
         model.save_pretrained(
             folder,
             safe_serialization=True,
-            save_embedding_layers=False,
+            save_embedding_layers=bool(_grown_embeddings(model)),
             **options,
         )
     # PEFT's card is a form full of gaps.

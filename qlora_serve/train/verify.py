@@ -166,6 +166,9 @@ def _compare_with_fresh_base(
         str(base.device),
         bool(getattr(config, "bnb_4bit_use_double_quant", True)),
     )
+    tokens = len(base.model.get_input_embeddings().weight)
+    if tokens > len(fresh.model.get_input_embeddings().weight):
+        fresh.model.resize_token_embeddings(tokens, mean_resizing=False)
     reloaded = PeftModel.from_pretrained(fresh.model, folder)
     reloaded.eval()
     model.eval()

@@ -66,6 +66,11 @@ def check_stage(settings: TrainSettings, stored_quantization: str) -> None:
             f"--deepspeed {settings.deepspeed} splits the base's weights over processes, which "
             f"packed {quantization} weights do not allow; use zero2, or --quantization none"
         )
+    if settings.add_tokens:
+        raise ConfigError(
+            f"add_tokens: --deepspeed {settings.deepspeed} splits the embeddings over processes, "
+            "which cannot grow then; use zero2"
+        )
     if settings.init not in ("default", "gaussian"):
         raise ConfigError(
             f"init: {settings.init} looks at whole weights, which --deepspeed "
