@@ -30,7 +30,7 @@ def train_in_float32(model: Any, dtype: torch.dtype) -> None:
     for module in list(model.modules()):
         if isinstance(module, ModulesToSaveWrapper):
             copy: Any = module.modules_to_save["default"]
-            copy.register_forward_pre_hook(_take_float32)
+            copy.register_forward_pre_hook(_take_own_dtype)
             # Logits may stay as exact as they are.
             if module is not head and copy is not head:
                 copy.register_forward_hook(_Give(dtype))
@@ -38,9 +38,10 @@ def train_in_float32(model: Any, dtype: torch.dtype) -> None:
             _lower_bias(module, dtype)
 
 
-def _take_float32(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _take_own_dtype(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
     return tuple(
-        item.float() if isinstance(item, torch.Tensor) and item.is_floating_point() else item
+        item.to(dtype) if isinstance(item, torch.Tensor) and item.is_floating_point() else item
         for item in arguments
     )
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,13 +27,14 @@ from qlora_serve.train.checkpoints import (
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.dataset import IGNORED, RowDataset, TrainingDataset
 from qlora_serve.train.fast_lora import fast_lora
-from qlora_serve.train.interrupt import StopRequest, stop_on_signals
+from qlora_serve.train.interrupt import stop_on_signals
 from qlora_serve.train.layout import Layout
-from qlora_serve.train.log import Evaluation, Step, TrainingLog, peak_memory, read_log
+from qlora_serve.train.log import Evaluation, TrainingLog, peak_memory, read_log
 from qlora_serve.train.optimizer import loraplus_optimizer
 from qlora_serve.train.parallel import any_of, is_main, rank, world_size
 from qlora_serve.train.samples import Sampler
 from qlora_serve.train.schedule import rate_factor, warmup_steps
+from qlora_serve.train.watcher import Watcher
 
 WriteExtra = Callable[[Path], None]
 
@@ -93,7 +93,7 @@ def train_model(run: Run) -> TrainOutcome:
             progress("training", steps, silent=not is_main()) as bar,
         ):
             trainer = OurTrainer(run)
-            for callback in (_Watcher(trainer, bar.update, stop), *run.callbacks):
+            for callback in (Watcher(trainer, bar.update, stop), *run.callbacks):
                 trainer.add_callback(callback)
             on_cpu = trainer.args.device.type == "cpu"
             with fast_lora(run.model) if on_cpu else nullcontext():
@@ -382,88 +382,6 @@ def _is_zero3() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
-
-
-class _Watcher(TrainerCallback):
-    """Keeps the log, reports each step, and ends the run when asked to."""
-
-    def __init__(
-        self, trainer: OurTrainer, report: Callable[[float, str], None], stop: StopRequest
-    ) -> None:
-        self._trainer = trainer
-        self._report = report
-        self._stop = stop
-        self._since = time.monotonic()
-        self._tokens = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The samples before training."""
-        if state.global_step == 0:
-            self._trainer.take_samples()
-        self._since = time.monotonic()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tells the row order its epoch: accelerate does not reach it through the loader that
-        skips the batches of a run that is resumed."""
-        self._trainer.row_order.set_epoch(math.floor((state.epoch or 0) + 1e-6))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ends the run if someone asked any of its processes to."""
-        self._tokens, self._trainer.step_tokens = self._trainer.step_tokens, 0
-        if any_of(self._stop.asked):
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Keeps and shows the loss of a step."""
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        step = Step(
-            step=state.global_step,
-            loss=float(logs["loss"]),
-            learning_rate=float(logs["learning_rate"]),
-            grad_norm=float(logs.get("grad_norm") or 0.0),
-            tokens=self._tokens * world_size(),
-            seconds=round(now - self._since, 4),
-        )
-        self._since = now
-        self._trainer.log_.steps.append(step)
-        self._report(state.global_step, f"loss {step.loss:.4f}")
-        self._check(step)
-
-    def _check(self, step: Step) -> None:
-        # With float16 the scaler skips steps whose gradients overflowed, and lowers itself.
-        if self._trainer.args.fp16:
-            return
-        self._trainer.state.global_step -= 1  # the step that is over
-        try:
-            if not math.isfinite(step.grad_norm):
-                self._trainer.diverged(f"the gradient's norm is {step.grad_norm}")
-            if step.step == 1 and step.grad_norm == 0:
-                self._trainer.diverged(
-                    "every gradient is zero",
-                    "nothing that is trained has a part in the answers: check --target-modules "
-                    "and --layers-to-transform",
-                )
-        finally:
-            self._trainer.state.global_step += 1
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
-    ) -> None:
-        """Takes samples, keeps what may be published, and stops where nothing is gained."""
-        self._trainer.take_samples()
-        best = self._trainer.log_.best
-        if self._trainer.settings.load_best and best and best.step == state.global_step:
-            control.should_save = True
-        patience = self._trainer.settings.early_stopping
-        if patience and best and _evaluations_since(best, self._trainer.log_) >= patience:
-            control.should_training_stop = True
-        self._since = time.monotonic()
-
-
-def _evaluations_since(best: Evaluation, log: TrainingLog) -> int:
-    return sum(item.step > best.step for item in log.evaluations)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -73,6 +73,23 @@ def test_qwen25_7b_from_its_config_alone(tmp_path: Path) -> None:
             assert card.advised_total <= usable(card.card_gib)
 
 
+def test_full_fine_tuning_holds_its_weights_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B))
+    planner = _planner(tmp_path, method="full", micro_batch=1, max_length=128)
+    found = plan(planner)
+    count = found.parameters.total
+    assert found.parameters.trainable == count == 7_615_616_512
+    # Weights, gradients and two moments, all in float32.
+    training = found.training
+    fixed = training.weights + training.adapter + training.gradients + training.optimizer
+    assert abs(fixed - 16 * count) < 10_000
+    assert found.serving.adapters == 0
+    advice = [card.advice for card in card_fits(planner, found)]
+    assert advice[-1] == ["--gradient-checkpointing", "--method lora"]
+    # What is advised is no contradiction.
+    assert advice[1][:3] == ["--gradient-checkpointing", "--method lora", "--quantization nf4"]
+
+
 def test_nothing_but_config_json_is_read(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     found = plan(_planner(tmp_path, device="cpu"))

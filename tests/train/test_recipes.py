@@ -221,9 +221,7 @@ def test_llama2_nf4_learns_the_end_that_is_also_its_padding(tmp_path: Path) -> N
 def test_a_checkpoint_of_cmqa_medical_is_served_and_merged(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base", "qwen2")
     with (tmp_path / "cmqa.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [("question", "answer"), *zip(QUESTIONS, ANSWERS, strict=True)]
-        )
+        csv.writer(file).writerows([("question", "answer"), *zip(QUESTIONS, ANSWERS, strict=True)])
     # A large rate, so that few steps tell.
     swapped = {"base": str(base), "data": tmp_path / "cmqa.csv", "output": tmp_path / "out"}
     _trained(_recipe("cmqa-medical", save_every=2, learning_rate=3e-2, **swapped))

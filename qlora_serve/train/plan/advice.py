@@ -12,6 +12,7 @@ GIB = 2**30
 _CONTEXT_BYTES = 3 * GIB // 4
 _USABLE_SHARE = 0.95
 _SHORTEST = 256
+_TO_LORA = "--method lora"
 
 
 class CardFit(Frozen):
@@ -42,10 +43,13 @@ def card_fits(planner: Planner, plan: Plan) -> list[CardFit]:
     """Each card with the fewest changes that make training fit it."""
     wanted = usable(CARDS_GIB[0])
     tried: list[tuple[list[str], int]] = [([], plan.training.total)]
-    for changes, variant in _changes(planner.given):
+    used = planner
+    for changes, variant in _changes(planner.given, planner.is_full):
         if tried[-1][1] <= wanted:
             break
-        total = planner.training(variant).total
+        if used.is_full and _TO_LORA in changes:
+            used = planner.with_lora()
+        total = used.training(variant).total
         if total < tried[-1][1]:
             tried.append((changes, total))
     return [_fit(card, tried, plan) for card in CARDS_GIB]
@@ -68,7 +72,7 @@ def _fit(card: int, tried: list[tuple[list[str], int]], plan: Plan) -> CardFit:
     )
 
 
-def _changes(given: Variant) -> list[tuple[list[str], Variant]]:
+def _changes(given: Variant, is_full: bool) -> list[tuple[list[str], Variant]]:
     """Ever more changes to a recipe: first those that cost time, then those that cost precision."""
     said: list[str] = []
     variant = given
@@ -85,6 +89,8 @@ def _changes(given: Variant) -> list[tuple[list[str], Variant]]:
     if variant.micro_batch > 1:
         line = f"--micro-batch 1 with {variant.micro_batch} times the accumulation"
         add(line, replace(variant, micro_batch=1))
+    if is_full:
+        add(_TO_LORA, variant)
     if variant.how.kind == "none":
         add("--quantization nf4", replace(variant, how=Scheme("nf4")))
     length = variant.length // 2

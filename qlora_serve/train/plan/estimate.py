@@ -142,17 +142,15 @@ class Planner:
         self.device = "cpu" if settings.device == "cpu" else "cuda"
         self.dtype = _dtype(settings.dtype, self.device)
         skeleton = build_skeleton(self.source)
+        self.is_full = settings.method == "full"
         self._weights = {
-            (how, trains): base_bytes(skeleton, how, self.dtype, trains)
+            (how, trains): base_bytes(skeleton, how, self._stored(trains), trains)
             for how in {self.how, Scheme("nf4")}
             for trains in (True, False)
         }
         on_cpu = self.device == "cpu"
         self._mapped = {
-            trains: mapped_bytes(
-                self.source, skeleton, self.how, "float32" if trains else self.dtype
-            )
-            * on_cpu
+            trains: mapped_bytes(self.source, skeleton, self.how, self._stored(trains)) * on_cpu
             for trains in (True, False)
         }
         # Only trained tokens need the tokenizer, to be known by their text.
@@ -163,6 +161,10 @@ class Planner:
         self.model: Any = build_model(base, chosen, settings.base, list)
         self.parameters = _count(self.model)
         self._traced: dict[Variant, int] = {}
+
+    def _stored(self, trains: bool) -> str:
+        """What unquantized weights are held in: float32 where they are trained themselves."""
+        return "float32" if trains and self.is_full else self.dtype
 
     @property
     def given(self) -> Variant:
@@ -178,13 +180,18 @@ class Planner:
         gradients = trained * _GRADIENT_BYTES
         return TrainingMemory(
             weights=self._weights[variant.how, True],
-            adapter=trained * 4,
+            # Trained whole, the weights are what is trained.
+            adapter=0 if self.is_full else trained * 4,
             gradients=gradients,
             optimizer=self._optimizer_bytes,
             # Where the peak comes before the gradients are there, they take no memory of their own.
             activations=max(0, peak - gradients),
             mapped=self._mapped[True] if variant.how == self.how else 0,
         )
+
+    def with_lora(self) -> "Planner":
+        """The same recipe with an adapter in place of all weights."""
+        return Planner(self.settings.model_copy(update={"method": "lora"}))
 
     @property
     def _optimizer_bytes(self) -> int:
@@ -216,7 +223,7 @@ class Planner:
                 length=variant.length,
                 logits=max(1, math.ceil(self.settings.trained_share * positions)),
                 dtype=self.dtype,
-                autocast=not on_cpu and self.dtype != "float32",
+                autocast=(self.is_full or not on_cpu) and self.dtype != "float32",
                 keeps_gradients=self.settings.accumulation > 1 or pieces > 1,
                 is_flat=on_cpu,
             )
@@ -270,7 +277,9 @@ class Planner:
         step = Step(1, tokens, chosen.max_sequences, self.dtype)
         return ServingMemory(
             weights=self._weights[self.how, False],
-            adapters=chosen.adapters * self.parameters.trainable * BYTES[self.dtype],
+            adapters=0
+            if self.is_full
+            else chosen.adapters * self.parameters.trainable * BYTES[self.dtype],
             kv_cache=per_token * context * chosen.max_sequences,
             step=serving_peak(self.model, step, self.how),
             kv_bytes_per_token=per_token,
