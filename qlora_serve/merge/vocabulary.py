@@ -10,6 +10,8 @@ from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import MergeError
 
 _PREFIX = "base_model.model."
+# Before a whole embedding's name: as it is, under a low-rank update, under trained tokens.
+_INFIXES = ("", "base_layer.", "token_adapter.base_layer.")
 
 
 def enlarged_vocabulary(adapter: AdapterFiles, source: BaseSource) -> int | None:
@@ -57,7 +59,7 @@ def enlarge(model: Any, adapter: AdapterFiles, vocabulary: int) -> None:
     for path, module in model.named_modules():
         if not any(module is layer for layer in layers) or replaced_whole(adapter, path):
             continue
-        for infix in ("", "base_layer."):
+        for infix in _INFIXES:
             rows = tensors.get(f"{_PREFIX}{path}.{infix}weight")
             if rows is not None:
                 with torch.no_grad():
@@ -71,7 +73,7 @@ def replaced_whole(adapter: AdapterFiles, path: str) -> bool:
 
 
 def _whole_rows(adapter: AdapterFiles, path: str) -> int | None:
-    for infix in ("", "base_layer."):
+    for infix in _INFIXES:
         info = adapter.tensors.get(f"{_PREFIX}{path}.{infix}weight")
         if info is not None:
             return info.shape[0]
