@@ -109,7 +109,10 @@ class Layout:
     def _find_form(self, model: Any) -> HeadForm | None:
         weight = getattr(self._head, "weight", None)
         shared = weight is not None and weight.requires_grad and _processes() > 1
-        return None if shared else find_head_form(model, self._head)
+        bias = getattr(self._head, "bias", None)
+        # A trained bias is float32 in a base of 16 bits; the layer itself knows how to add it.
+        mixed = bias is not None and bias.dtype != weight.dtype
+        return None if shared or mixed else find_head_form(model, self._head)
 
 
 def even_pieces(spans: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
