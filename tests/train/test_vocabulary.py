@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_serve.base.load import load_base
-from qlora_serve.errors import ConfigError
+from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.run import merge_adapter
 from qlora_serve.train.config import TrainSettings
+from qlora_serve.train.evaluate.config import EvalSettings
+from qlora_serve.train.evaluate.run import evaluate
 from qlora_serve.train.log import read_log
 from qlora_serve.train.run import train
 from qlora_serve.train.vocabulary import add_tokens
@@ -100,6 +102,14 @@ def test_new_tokens_are_learnt_served_and_merged(
     assert all(not torch.allclose(row[-2:].float(), start, atol=1e-4) for row in rows)
     if more.get("quantization"):
         return
+    if family == "llama-untied" and not more:
+        with pytest.raises(AdapterError, match="tokens or a chat template of its own"):
+            evaluate(
+                EvalSettings(
+                    base=str(base), adapter={"tags": adapter}, data=tmp_path / "chats.jsonl"
+                ),
+                lambda _: None,
+            )
     expected = _alone(base, adapter, tokens)
     size = 512 if is_padded else first + 2
     assert expected.shape[1] == size

@@ -97,6 +97,7 @@ def evaluate(settings: EvalSettings, report: Report) -> Evaluation:
 
     with progress(f"loading {settings.base}"):
         base = load_base(settings.base, settings.quantization, settings.dtype, settings.device)
+    _refuse_own_tokens(adapters, base)
     rows = _tokenize(settings, base, chats, references)
     if len(rows) < len(chats):
         report(f"{len(chats) - len(rows)} rows left out: their answers lie past --max-length")
@@ -147,6 +148,20 @@ def _adapters(settings: EvalSettings) -> dict[str, AdapterFiles]:
             raise AdapterError(f"adapter {path} asks for {'; '.join(reasons)}")
         found[name] = adapter
     return found
+
+
+def _refuse_own_tokens(adapters: dict[str, AdapterFiles], base: "LoadedBase") -> None:
+    """All systems must see the same tokens: a loss per token says nothing beside one of others."""
+    from qlora_serve.adapters.tokens import own_tokens
+
+    for adapter in adapters.values():
+        # How many tokens the model knows with it is the fit's business.
+        if own_tokens(adapter.path, base.tokenizer, base.stop_token_ids, 1 << 31) is not None:
+            raise AdapterError(
+                f"adapter {adapter.path} has tokens or a chat template of its own, so that its "
+                "losses cannot stand beside the base's; leave it out, or merge it and evaluate the "
+                "merged model"
+            )
 
 
 def _reference(chat: ChatRow) -> str:
