@@ -111,7 +111,7 @@ class Layout:
         shared = weight is not None and weight.requires_grad and _processes() > 1
         bias = getattr(self._head, "bias", None)
         # A trained bias is float32 in a base of 16 bits; the layer itself knows how to add it.
-        mixed = bias is not None and bias.dtype != weight.dtype
+        mixed = weight is not None and bias is not None and bias.dtype != weight.dtype
         return None if shared or mixed else find_head_form(model, self._head)
 
 

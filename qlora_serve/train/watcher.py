@@ -59,7 +59,7 @@ class Watcher(TrainerCallback):
         )
         self._since = now
         self._trainer.log_.steps.append(step)
-        self._report(state.global_step, f"loss {step.loss:.4f}")
+        self._report(state.global_step, _line(step))
         self._check(step)
 
     def _check(self, step: Step) -> None:
@@ -91,6 +91,11 @@ class Watcher(TrainerCallback):
         if patience and best and _evaluations_since(best, self._trainer.log_) >= patience:
             control.should_training_stop = True
         self._since = time.monotonic()
+
+
+def _line(step: Step) -> str:
+    speed = step.tokens / max(step.seconds, 1e-9)
+    return f"loss {step.loss:.4f}  lr {step.learning_rate:.1e}  {speed:.0f} tokens/s"
 
 
 def _evaluations_since(best: Evaluation, log: TrainingLog) -> int:

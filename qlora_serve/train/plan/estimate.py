@@ -1,6 +1,7 @@
 """A plan: parameters, memory for training and serving, what fits which card, what to change."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,12 +208,7 @@ class Planner:
 
         if variant not in self._traced:
             model = plain_model(self.model)
-            if variant.checkpointing:
-                options = {"use_reentrant": False}
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-                model.enable_input_require_grads()
-            else:
-                model.gradient_checkpointing_disable()
+            _set_checkpointing(model, variant.checkpointing)
             on_cpu = self.device == "cpu"
             rows, pieces = variant.micro_batch, 1
             if on_cpu:  # a line of rows is computed in pieces, whose gradients add up
@@ -317,6 +313,17 @@ def plan(planner: Planner) -> Plan:
         context=planner.context,
         max_sequences=planner.settings.max_sequences,
     )
+
+
+def _set_checkpointing(model: Any, wanted: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # these names are about to change
+        if wanted:
+            options = {"use_reentrant": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def _count(model: Any) -> Parameters:
