@@ -50,6 +50,29 @@ class ForbiddenPathError(AdapterError):
     """A path that this server was not told to load adapters from."""
 
 
+class ForbiddenError(QloraServeError):
+    """Something that the caller's key does not allow."""
+
+
+class RateLimitedError(QloraServeError):
+    """A key has used what it may use for now."""
+
+    def __init__(
+        self, message: str, retry_after: float, kind: str, code: str = "rate_limit_exceeded"
+    ) -> None:
+        """
+        Args:
+            message: one line.
+            retry_after: seconds until it makes sense to ask again.
+            kind: `requests` or `tokens`.
+            code: what kind of limit it was.
+        """
+        self.retry_after = retry_after
+        self.kind = kind
+        self.code = code
+        super().__init__(message)
+
+
 class TrainError(QloraServeError):
     """A training run that cannot go on, or whose result did not pass its checks."""
 

@@ -13,6 +13,7 @@ _PANELS |= dict.fromkeys(
     ("adapter_memory", "adapter_host_memory", "pin", "strict", "adapter_root", "adapters_poll"),
     "Many adapters",
 )
+_PANELS |= dict.fromkeys(("keys", "allow_unauthenticated", "cors_origins"), "Who may ask")
 _PANELS |= dict.fromkeys(
     (
         "max_body_size",

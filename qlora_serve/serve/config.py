@@ -30,6 +30,14 @@ class ServeSettings(Settings):
     """The address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    keys: Path | None = Field(default=None, json_schema_extra={"metavar": "FILE"})
+    """The file of keys that this server asks for, made with `qlora-serve keys add`; read again
+    when it changes. Without one everybody who can reach the server may use and manage it."""
+    allow_unauthenticated: bool = False
+    """Without --keys, also listen where other machines can reach it."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines look; json has one more for each request."""
+
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together; what the base was trained for when left out."""
     max_sequences: int = Field(default=32, ge=1)

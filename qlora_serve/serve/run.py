@@ -1,5 +1,6 @@
 """Starting a server: base, adapters, engine, HTTP."""
 
+import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from qlora_serve.base.load import LoadedBase, load_base
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.progress import console, progress
+from qlora_serve.serve.api.access import KeyRing
 from qlora_serve.serve.api.app import create_app
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
@@ -22,6 +24,7 @@ from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
 from qlora_serve.serve.engine.watch import AdapterFolder
+from qlora_serve.serve.logs import set_up_logging
 from qlora_serve.settings import parse_bytes
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,8 @@ def serve(settings: ServeSettings) -> None:
     """
     from qlora_serve.serve.shutdown import run_until_told
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging(settings.log_format)
+    _need_keys_or_loopback(settings)
     # Before the slow part, so that a taken port is known at once.
     listener = _listen(settings.host, settings.port)
     with listener:
@@ -59,6 +62,7 @@ def build_service(settings: ServeSettings) -> Service:
 
     An adapter that cannot be used is recorded with the reason, and the others are served.
     """
+    keys = KeyRing(settings.keys) if settings.keys is not None else None
     source = locate_base(settings.base)
     _check_names(settings, {BASE_ALIAS, source.display_name, source.name})
     # Config and headers are enough to find most faults, minutes before a large base is loaded.
@@ -85,7 +89,7 @@ def build_service(settings: ServeSettings) -> Service:
     registry.residency.wake = engine.wake
     roots = tuple(root.resolve() for root in settings.adapter_root)
     return Service(
-        base, engine, registry, folder, roots, settings.adapters_poll, _api_limits(settings)
+        base, engine, registry, folder, roots, settings.adapters_poll, _api_limits(settings), keys
     )
 
 
@@ -250,6 +254,26 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _need_keys_or_loopback(settings: ServeSettings) -> None:
+    """Refuses to be open to other machines by accident."""
+    if settings.keys is not None or settings.allow_unauthenticated or is_loopback(settings.host):
+        return
+    raise ConfigError(
+        f"--host {settings.host} can be reached from other machines, and without keys everybody "
+        "there may use this server and manage its adapters; give --keys FILE (`qlora-serve keys "
+        "add NAME` makes one), or --allow-unauthenticated if that is meant"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    try:
+        found = socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(item[4][0])).is_loopback for item in found)
+
+
 def _announce(service: Service, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     names = ", ".join(service.adapters.names()) or "none"
@@ -258,4 +282,13 @@ def _announce(service: Service, listener: socket.socket) -> None:
     console.print(f"adapters: {names}", soft_wrap=True)
     for entry in failed:
         console.print(f"failed: {entry.name}: {entry.reason}", soft_wrap=True, markup=False)
+    if service.keys is not None:
+        console.print(f"keys: {len(service.keys)} in force")
+    elif is_loopback(host):
+        console.print("keys: none asked for; this machine only")
+    else:
+        console.print(
+            "keys: none asked for; everybody who reaches this address may use and manage it",
+            soft_wrap=True,
+        )
     console.print(f"listening on http://{host}:{port}/v1", soft_wrap=True)

@@ -21,6 +21,8 @@ class ErrorDetail(Answer):
         "not_found_error",
         "permission_error",
         "adapter_error",
+        "requests",
+        "tokens",
         "server_error",
     ]
     param: str | None
@@ -159,6 +161,9 @@ class StatusAnswer(Answer):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorAnswer, "description": "No key, or one that is not in force"},
+    403: {"model": ErrorAnswer, "description": "The key lacks the scope, or the path is forbidden"},
+    429: {"model": ErrorAnswer, "description": "The key has used what it may use for now"},
     400: {"model": ErrorAnswer, "description": "A field is wrong or not supported; it is named"},
     404: {"model": ErrorAnswer, "description": "Nobody has that name; the known ones are listed"},
     413: {"model": ErrorAnswer, "description": "The body is too large"},

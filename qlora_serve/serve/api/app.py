@@ -4,14 +4,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from qlora_serve import __version__
 from qlora_serve.serve.api import adapters, chat, completions, errors, responses, tokens
+from qlora_serve.serve.api.access import Access, require_scope
 from qlora_serve.serve.api.answers import ERRORS, ModelCard, ModelList, StatusAnswer
+from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.door import Door
 from qlora_serve.serve.api.service import Service
 
@@ -33,23 +36,24 @@ def create_app(service: Service) -> FastAPI:
         summary="One base model, many adapters, chosen per request.",
         lifespan=lifespan,
         responses=ERRORS,
+        # For the interactive page: what checks the key is `Access`.
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if service.keys is not None else [],
     )
     app.state.service = service
+    app.add_middleware(Access, keys=service.keys)
     app.add_middleware(Door, limits=service.limits)
     if service.limits.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.limits.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
     errors.install(app)
-    app.include_router(chat.router)
-    app.include_router(adapters.router)
-    app.include_router(completions.router)
-    app.include_router(responses.router)
-    app.include_router(tokens.router)
+    app.include_router(adapters.router)  # which says itself what is for admins
+    for module in (chat, completions, responses, tokens):
+        app.include_router(module.router, dependencies=[Depends(require_scope("infer"))])
     _add_models(app, service)
     _add_health(app, service)
     return app
@@ -69,8 +73,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"], summary="The base and every adapter")
     async def models() -> ModelList:
         """Lists the base first; an adapter's `parent` is the base."""
-        cards = [card(service.base_name, None)]
-        cards += [card(name, service.base_name) for name in service.adapters.names()]
+        cards = [card(service.base_name, None)] if current_caller().may_use_base else []
+        usable = [entry.name for entry in service.entries() if entry.content is not None]
+        cards += [card(name, service.base_name) for name in usable]
         return ModelList(object="list", data=cards)
 
     @app.get("/v1/models/{name:path}", tags=["models"], summary="One model")
@@ -123,5 +128,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         response_class=PlainTextResponse,
     )
     async def metrics() -> PlainTextResponse:
-        """Requests, tokens, latencies and the cache, by adapter."""
-        return PlainTextResponse(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        """Requests, tokens, latencies and the cache, by adapter; for keys, of their own ones."""
+        caller = current_caller()
+        page = service.metrics.page(None if caller.sees_all else caller)
+        return PlainTextResponse(page, media_type=CONTENT_TYPE_LATEST)

@@ -1,6 +1,8 @@
 """What every HTTP request passes first: its id, the size of its body, how many there are."""
 
+import logging
 import re
+import time
 import uuid
 from collections.abc import MutableMapping
 from typing import Any
@@ -9,8 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qlora_serve.serve.api.caller import REQUEST_ID
 from qlora_serve.serve.api.errors import error_body
 from qlora_serve.serve.api.limits import ApiLimits
+
+log = logging.getLogger("qlora_serve.requests")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 _RETRY_SECONDS = "1"
@@ -30,9 +35,12 @@ class Door:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        status, began = 0, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
@@ -43,9 +51,12 @@ class Door:
         # Questions after health and metrics are answered however busy the server is.
         counts = scope["method"] == "POST"
         self._inside += counts
+        token = REQUEST_ID.set(request_id.decode())
         try:
             await self._app(scope, self._counted(receive), send_with_id)
         finally:
+            _log(scope, status, time.perf_counter() - began)
+            REQUEST_ID.reset(token)
             self._inside -= counts
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
@@ -83,3 +94,18 @@ def _request_id(scope: Scope) -> bytes:
     """The caller's own id when it is harmless, else a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    caller = scope.get("state", {}).get("caller")
+    # Without the query, where some clients put what should not be read by others.
+    fields = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "seconds": round(seconds, 4),
+        "key": caller.record.id if caller is not None and caller.record is not None else None,
+    }
+    log.info("%s %s %d", scope["method"], scope["path"], status, extra={"fields": fields})

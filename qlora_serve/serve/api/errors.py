@@ -1,6 +1,7 @@
 """The one place where errors become HTTP answers, in OpenAI's shape."""
 
 import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,9 +12,11 @@ from starlette.exceptions import HTTPException
 from qlora_serve.errors import (
     AdapterError,
     EngineStoppedError,
+    ForbiddenError,
     ForbiddenPathError,
     OverloadedError,
     QloraServeError,
+    RateLimitedError,
     RequestError,
     RequestTimeoutError,
     UnknownAdapterError,
@@ -33,6 +36,15 @@ def error_body(
     # A message may quote half a surrogate pair from the body, which no answer can carry.
     message = message.encode("utf-8", "replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def rate_limited(error: RateLimitedError) -> JSONResponse:
+    """429, and when to come again."""
+    seconds = max(1, math.ceil(error.retry_after))
+    message = f"{error}; try again in {seconds} s"
+    return JSONResponse(
+        error_body(message, error.kind, code=error.code), 429, {"retry-after": str(seconds)}
+    )
 
 
 def install(app: FastAPI) -> None:
@@ -69,6 +81,12 @@ async def _domain(request: Request, error: Exception) -> JSONResponse:
         )
     if isinstance(error, ForbiddenPathError):
         return JSONResponse(error_body(str(error), "permission_error", "path"), 403)
+    if isinstance(error, ForbiddenError):
+        return JSONResponse(
+            error_body(str(error), "permission_error", code="insufficient_permissions"), 403
+        )
+    if isinstance(error, RateLimitedError):
+        return rate_limited(error)
     if isinstance(error, AdapterError):
         # Not a 5xx: asking again does not mend it.
         return JSONResponse(error_body(str(error), "adapter_error", "adapter", _UNUSABLE), 422)

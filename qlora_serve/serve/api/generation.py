@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 
 from qlora_serve.errors import RequestError, RequestTimeoutError
+from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.errors import error_body
 from qlora_serve.serve.api.schemas import SamplingBody
 from qlora_serve.serve.api.service import Service
@@ -68,6 +69,7 @@ def make_requests(
         RequestError: a prompt leaves no room for an answer.
     """
     requests: list[GenerationRequest] = []
+    same = {"client": current_caller().id} | same
     for prompt in prompts:
         sampling = _sampling(service, body, len(prompt))
         for number in range(choices_each):

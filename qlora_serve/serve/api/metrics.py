@@ -2,17 +2,21 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from qlora_serve.serve.api.caller import Caller
 from qlora_serve.serve.engine.engine import Engine
 from qlora_serve.serve.engine.request import GenerationRequest, Usage
 
 _MOST_NAMES = 100
 """Adapters with labels of their own; all further ones are counted as `other`."""
+_OTHER = "other"
+_RUNNING = "running_lora_adapters"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -41,9 +45,16 @@ class Metrics:
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first text.")
         self._between = histogram("inter_token_latency_seconds", "Between tokens of an answer.")
 
-    def page(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self.registry)
+    def page(self, caller: Caller | None = None) -> bytes:
+        """The text that Prometheus reads.
+
+        Args:
+            caller: who is told only of the adapters that it may use; None is told all.
+        """
+        registry: Any = self.registry
+        if caller is not None:
+            registry = _Visible(self.registry, caller, self._base_name)
+        return generate_latest(registry)
 
     def name(self, request: GenerationRequest) -> str:
         """The label of a request: its adapter's name, the base's, or `other`."""
@@ -51,7 +62,7 @@ class Metrics:
         name = self._base_name if adapter is None else str(adapter.name)
         if name not in self._names:
             if len(self._names) >= _MOST_NAMES:
-                return "other"
+                return _OTHER
             self._names.add(name)
         return name
 
@@ -96,6 +107,37 @@ class Metrics:
             del self._live[name]
 
 
+class _Visible(Collector):
+    """A registry without the labels of adapters that a caller may not use."""
+
+    def __init__(self, registry: CollectorRegistry, caller: Caller, base_name: str) -> None:
+        self._registry = registry
+        self._caller = caller
+        self._base_name = base_name
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, with what is hidden left out."""
+        for metric in self._registry.collect():
+            shown = copy(metric)
+            shown.samples = [
+                sample._replace(labels=self._labels(sample.labels))
+                for sample in metric.samples
+                if self._may_see(sample.labels.get("adapter", self._base_name))
+            ]
+            yield shown
+
+    def _labels(self, labels: dict[str, str]) -> dict[str, str]:
+        running = labels.get(_RUNNING)
+        if not running:
+            return labels
+        return {**labels, _RUNNING: ",".join(filter(self._may_see, running.split(",")))}
+
+    def _may_see(self, label: str) -> bool:
+        if label == self._base_name:
+            return True  # also what belongs to no adapter
+        return label != _OTHER and all(map(self._caller.allows, label.split("+")))
+
+
 class _EngineState(Collector):
     """What is read from the engine when somebody asks."""
 
@@ -119,7 +161,7 @@ class _EngineState(Collector):
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with answers on their way.",
-            labels=["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+            labels=[_RUNNING, "waiting_lora_adapters", "max_lora"],
         )
         names = ",".join(sorted(self._live.keys() - {self._base_name}))
         most = str(self._engine.limits.max_sequences)

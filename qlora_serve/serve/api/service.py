@@ -14,13 +14,15 @@ from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.tokenizer import encode_text, render_chat
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
+from qlora_serve.serve.api.access import KeyRing
+from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.metrics import Metrics
 from qlora_serve.serve.api.structured import GuideStore
 from qlora_serve.serve.api.token_text import TokenTexts
 from qlora_serve.serve.api.traffic import Passage, Traffic
 from qlora_serve.serve.engine.engine import Engine
-from qlora_serve.serve.engine.registry import AdapterRegistry
+from qlora_serve.serve.engine.registry import AdapterRegistry, Registered
 from qlora_serve.serve.engine.request import Delta, Event, GenerationRequest
 from qlora_serve.serve.engine.slots import AdapterSelection
 from qlora_serve.serve.engine.watch import AdapterFolder
@@ -45,6 +47,8 @@ class Service:
     poll_seconds: float = 0.0
     """Between two looks at the folder; 0 for none."""
     limits: ApiLimits = field(default_factory=ApiLimits)
+    keys: KeyRing | None = None
+    """Whose requests are answered; None for everybody's."""
     started: int = field(default_factory=lambda: int(time.time()))
     # One thread: templates and tokenization stay off the event loop, and a fast tokenizer is not
     # meant to be used from several threads at once.
@@ -73,6 +77,8 @@ class Service:
             UnknownAdapterError: with the known names.
             AdapterUnavailableError: an adapter that cannot be used; says why.
             RequestError: a scale without an adapter, or a kind that cannot be scaled or summed.
+
+        What the caller's key may not use is unknown to it.
         """
         if isinstance(adapter, str | None):
             named_by_model = self._resolve(model, scale if adapter is None else None)
@@ -85,6 +91,8 @@ class Service:
             raise RequestError(
                 f"adapter_scale={scale:g} needs one adapter; {what}", param="adapter_scale"
             )
+        if chosen is None and not current_caller().may_use_base:
+            raise self.unknown(adapter if isinstance(adapter, str) else model or self.base_name)
         return chosen
 
     def _compose(self, wanted: Sequence[tuple[str, float]]) -> AdapterSelection:
@@ -102,10 +110,43 @@ class Service:
         return self._select([(name, scale)])
 
     def _select(self, wanted: Sequence[tuple[str, float | None]]) -> AdapterSelection:
+        self.need_visible(*(name for name, _ in wanted))
         try:
             return self.adapters.select(wanted)
         except UnknownAdapterError as error:
-            raise UnknownAdapterError(error.name, [self.base_name, *error.known]) from None
+            raise self.unknown(error.name) from None
+
+    def need_visible(self, *names: str) -> None:
+        """Refuses names that do not exist for the caller, before anything is looked up.
+
+        Raises:
+            UnknownAdapterError: with the names that the caller may use.
+        """
+        for name in names:
+            if not current_caller().allows(name):
+                raise self.unknown(name)
+
+    def unknown(self, name: str) -> UnknownAdapterError:
+        """That there is no such name, with those that the caller may use."""
+        base = [self.base_name] if current_caller().may_use_base else []
+        return UnknownAdapterError(name, base + [entry.name for entry in self.entries()])
+
+    def entries(self) -> list[Registered]:
+        """The adapters that exist for the caller, sorted."""
+        caller = current_caller()
+        return [entry for entry in self.adapters.entries() if caller.allows(entry.name)]
+
+    def entry(self, name: str) -> Registered:
+        """What a name points to now.
+
+        Raises:
+            UnknownAdapterError: nothing that exists for the caller.
+        """
+        self.need_visible(name)
+        try:
+            return self.adapters.entry(name)
+        except UnknownAdapterError:
+            raise self.unknown(name) from None
 
     def _is_base(self, name: str) -> bool:
         return name in self.reserved_names
@@ -256,6 +297,7 @@ class Service:
             RequestError: one can never run.
             EngineStoppedError: the engine takes no more requests.
             OverloadedError: too many are waiting.
+            RateLimitedError: the caller's key has used its tokens.
             RequestTimeoutError: from the events, when waiting or running took too long.
         """
         events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
@@ -267,7 +309,7 @@ class Service:
 
             return deliver
 
-        passage = self.traffic.enter(requests, events.put_nowait)
+        passage = self.traffic.enter(requests, events.put_nowait, current_caller().quota)
         try:
             for number, request in enumerate(requests):
                 self.engine.submit(request, deliver_as(number))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from qlora_serve.errors import EngineStoppedError, OverloadedError, RequestTimeoutError
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.metrics import Metrics
+from qlora_serve.serve.api.quota import Quota
 from qlora_serve.serve.engine.request import Delta, Event, Failed, GenerationRequest
 
 
@@ -29,17 +30,22 @@ class Traffic:
         """Whether new requests are refused because the server is about to end."""
 
     def enter(
-        self, requests: Sequence[GenerationRequest], expire: Callable[[Exception], None]
+        self,
+        requests: Sequence[GenerationRequest],
+        expire: Callable[[Exception], None],
+        quota: Quota | None = None,
     ) -> "Passage":
         """Lets requests in.
 
         Args:
             requests: one for each answer.
             expire: called, at most once, when they have waited or run for too long.
+            quota: what pays for their tokens.
 
         Raises:
             EngineStoppedError: the server is about to end.
             OverloadedError: too many are waiting already.
+            RateLimitedError: the tokens of the prompts are not there.
         """
         if self.is_draining:
             raise EngineStoppedError("the server is shutting down")
@@ -50,9 +56,13 @@ class Traffic:
                 f"{self.live} answers are on their way and this server queues "
                 f"{self._limits.queued} beyond the {self._places} that it runs at once; try again"
             )
+        if quota is not None:
+            prompt_tokens = _prompt_tokens(requests)
+            quota.check(prompt_tokens)
+            quota.charge(prompt_tokens)
         self.live += len(requests)
         self._metrics.entered(requests)
-        return Passage(self, requests, expire)
+        return Passage(self, requests, expire, quota)
 
 
 class Passage:
@@ -63,8 +73,11 @@ class Passage:
         traffic: Traffic,
         requests: Sequence[GenerationRequest],
         expire: Callable[[Exception], None],
+        quota: Quota | None,
     ) -> None:
         self._traffic = traffic
+        self._quota = quota
+        self._charged = [0] * len(requests)
         self._requests = requests
         self._latest: list[float | None] = [None] * len(requests)
         self._began = time.perf_counter()
@@ -84,6 +97,15 @@ class Passage:
         metrics, request = self._traffic._metrics, self._requests[number]
         if "wait" in self._timers:
             self._timers.pop("wait").cancel()
+        if self._quota is not None:
+            # As they come, so that an answer which is given up has been paid for as well.
+            so_far = self._charged[number]
+            if isinstance(event, Delta):
+                total = so_far + len(event.token_ids)
+            else:
+                total = max(so_far, event.usage.completion_tokens)
+            self._quota.charge(total - so_far)
+            self._charged[number] = total
         if not isinstance(event, Delta):
             self._ended.add(number)
             reason = "error" if isinstance(event, Failed) else event.reason
@@ -104,3 +126,8 @@ class Passage:
             if number not in self._ended:
                 self._traffic._metrics.left(request)
         self._traffic.live -= len(self._requests)
+
+
+def _prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """A prompt that choices share counts once, as in `usage`."""
+    return sum({id(request.prompt): len(request.prompt) for request in requests}.values())
