@@ -56,7 +56,7 @@ def loading_config(source: BaseSource, weights: list[Path], device: Any, trainab
     import_gptqmodel()
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source.path)
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     # What gptqmodel takes on a CPU by itself rounds scales and inputs to bfloat16, in place, at the
     # first forward pass: the base would then be another one than adapters are trained on.
     backend = "gptq_torch" if device.type == "cpu" else "auto_trainable" if trainable else "auto"

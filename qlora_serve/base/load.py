@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qlora_serve.base import gptq
 from qlora_serve.base.identity import fingerprint, weight_files
-from qlora_serve.base.source import BaseSource, locate_base
+from qlora_serve.base.source import BaseSource, loading_reason, locate_base
 from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
 from qlora_serve.errors import BaseModelError
 
@@ -52,6 +52,7 @@ def load_base(
     device: str = "auto",
     double_quantization: bool = True,
     trainable: bool = False,
+    trust_remote_code: bool = False,
 ) -> LoadedBase:
     """Loads a base model with its tokenizer.
 
@@ -65,11 +66,12 @@ def load_base(
         double_quantization: NF4 only, quantize the block scales too (QLoRA, arXiv:2305.14314).
         trainable: whether gradients are to flow through it, which not every GPTQ kernel for GPUs
             allows.
+        trust_remote_code: run Python code that comes with it, where its architecture needs that.
 
     Raises:
         BaseModelError: the base does not exist, is broken, or contradicts `quantization`.
     """
-    source = locate_base(name)
+    source = locate_base(name, trust_remote_code=trust_remote_code)
     weights = weight_files(source)
     stored = source.quantization
     if stored != "none" and quantization not in ("none", stored):
@@ -135,10 +137,12 @@ def _load_model(
                 dtype=torch_dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                # Given in any case: left out, transformers asks on the terminal.
+                trust_remote_code=source.trust_remote_code,
                 **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = loading_reason(error, 300)
         raise BaseModelError(f"cannot load {source.path}: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qlora_serve.base.source import BaseSource
+from qlora_serve.base.source import BaseSource, loading_reason
 from qlora_serve.errors import BaseModelError
 
 
@@ -22,14 +22,16 @@ def build_skeleton(source: BaseSource, vocabulary: int | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source.path)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
     except (ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = loading_reason(error, 200)
         raise BaseModelError(f"cannot build the model of {source.path}: {reason}") from None
     return model

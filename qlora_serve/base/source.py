@@ -36,6 +36,8 @@ class BaseSource:
     """As the user gave it: a directory, a prepared name or a hub id."""
     path: Path
     """The directory that holds config.json."""
+    trust_remote_code: bool = False
+    """Whether Python code in that directory may be run."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -91,37 +93,50 @@ class BaseSource:
         return self.path.name if Path(self.name).exists() else self.name
 
 
-def locate_base(name: str, weights: bool = True) -> BaseSource:
+def locate_base(name: str, weights: bool = True, trust_remote_code: bool = False) -> BaseSource:
     """Finds a base model by directory, prepared name or hub id.
 
     Args:
         name: which.
         weights: whether they are wanted too; without them a hub gives config.json alone.
+        trust_remote_code: whether Python code that comes with it may be run.
 
     Raises:
         BaseModelError: nothing usable is there; the message says what was tried.
     """
     given = Path(name).expanduser()
     if given.is_dir():
-        return _checked(BaseSource(name, given.resolve()))
+        return _checked(BaseSource(name, given.resolve(), trust_remote_code))
     if name in PREPARED_NAMES:
         prepared = prepared_path(name)
         if not prepared.is_dir():
             raise BaseModelError(
                 f"the base {name!r} is not prepared yet; run `qlora-serve base prepare {name}` once"
             )
-        return _checked(BaseSource(name, prepared))
+        return _checked(BaseSource(name, prepared, trust_remote_code))
     if given.is_file():
         raise BaseModelError(
             f"{name} is a file; expected the directory of a model, with its config.json"
         )
     if _looks_like_hub_id(name):
         files = _HUB_FILES if weights else ["config.json"]
-        return _checked(BaseSource(name, _download(name, files)))
+        code = ["*.py"] if trust_remote_code else []
+        return _checked(BaseSource(name, _download(name, files + code), trust_remote_code))
     raise BaseModelError(
         f"no base model at {name!r}: no such directory, and not a hub id like 'org/model' "
         f"(prepared names: {', '.join(PREPARED_NAMES)})"
     )
+
+
+def loading_reason(error: Exception, most: int = 300) -> str:
+    """Why transformers could not load something, on one line."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code that its directory brings along; only `serve "
+            "--trust-remote-code` runs that, if you trust it"
+        )
+    return text[:most]
 
 
 def _looks_like_hub_id(name: str) -> bool:

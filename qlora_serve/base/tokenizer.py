@@ -1,9 +1,9 @@
 """The tokenizer, the chat template, and the tokens at which an answer ends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qlora_serve.base.source import BaseSource
+from qlora_serve.base.source import BaseSource, loading_reason
 from qlora_serve.errors import BaseModelError
 
 Message = Mapping[str, Any]
@@ -18,9 +18,11 @@ def load_tokenizer(source: BaseSource) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = loading_reason(error, 200)
         raise BaseModelError(f"cannot load the tokenizer of {source.path}: {reason}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise BaseModelError(
@@ -72,12 +74,20 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def stop_token_ids(tokenizer: Any, *configs: Any) -> frozenset[int]:
+Render = Callable[[Sequence[Message]], str]
+
+
+def stop_token_ids(tokenizer: Any, *configs: Any, render: Render | None = None) -> frozenset[int]:
     """Every token that ends an answer.
 
     The union of the tokenizer's end token, the end tokens of the given (generation) configs, and
     the token that the chat template writes after an assistant's turn. Any one of them alone is
     missing or wrong in some published model, which then never stops.
+
+    Args:
+        tokenizer: with a chat template.
+        configs: with end tokens of their own.
+        render: writes a chat with that template; `render_chat` when left out.
     """
     ids: set[int] = set()
     candidates = [tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)]
@@ -86,17 +96,19 @@ def stop_token_ids(tokenizer: Any, *configs: Any) -> frozenset[int]:
             ids.add(candidate)
         elif candidate is not None:
             ids.update(int(item) for item in candidate)
-    end_of_turn = end_of_turn_id(tokenizer)
+    end_of_turn = end_of_turn_id(tokenizer, render)
     if end_of_turn is not None:
         ids.add(end_of_turn)
     return frozenset(ids)
 
 
-def end_of_turn_id(tokenizer: Any) -> int | None:
+def end_of_turn_id(tokenizer: Any, render: Render | None = None) -> int | None:
     """The special token that the chat template writes right after an assistant's content."""
     content = "answer"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
-    text = render_chat(tokenizer, chat)
+    text = render(chat) if render is not None else render_chat(tokenizer, chat)
+    if content not in text:
+        return None  # a template that leaves answers out
     tail = text[text.rindex(content) + len(content) :]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     for token in encode_text(tokenizer, tail):

@@ -56,6 +56,11 @@ class ServeSettings(Settings):
     adapter_host_memory: str = "auto"
     """Memory of the host for adapters that may be needed again; auto takes an eighth of what is
     free."""
+    adapter_templates: bool = False
+    """Let adapters bring chat templates of their own, which run in a process with limits; else an
+    adapter that has one cannot be used."""
+    trust_remote_code: bool = False
+    """Run the Python code that the base's directory brings along, with all rights of the server."""
     pin: tuple[str, ...] = ()
     """An adapter that always stays on the device; may be given again."""
     strict: bool = False

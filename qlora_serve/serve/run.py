@@ -63,7 +63,7 @@ def build_service(settings: ServeSettings) -> Service:
     An adapter that cannot be used is recorded with the reason, and the others are served.
     """
     keys = KeyRing(settings.keys) if settings.keys is not None else None
-    source = locate_base(settings.base)
+    source = locate_base(settings.base, trust_remote_code=settings.trust_remote_code)
     _check_names(settings, {BASE_ALIAS, source.display_name, source.name})
     # Config and headers are enough to find most faults, minutes before a large base is loaded.
     fit = FitChecker(source)
@@ -72,7 +72,11 @@ def build_service(settings: ServeSettings) -> Service:
             fit.check(read_adapter(path))
     with progress(f"loading {settings.base}"):
         base = load_base(
-            settings.base, settings.quantization, settings.dtype, device=settings.device
+            settings.base,
+            settings.quantization,
+            settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
         )
     runner = Runner(base)
     limits = _limits(settings, runner)
@@ -83,7 +87,7 @@ def build_service(settings: ServeSettings) -> Service:
             (settings.adapter_host_memory, _free_host_bytes()),
         )
     )
-    registry = AdapterRegistry(runner, fit, memory, host_memory)
+    registry = AdapterRegistry(runner, fit, memory, host_memory, settings.adapter_templates)
     folder = _load_adapters(settings, registry, {BASE_ALIAS, source.display_name, source.name})
     engine = Engine(runner, limits, registry.residency)
     registry.residency.wake = engine.wake

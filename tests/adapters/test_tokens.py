@@ -1,9 +1,12 @@
 """An adapter's own tokenizer: used where it differs, refused where the model does not know it."""
 
+from contextlib import closing
+
 import pytest
 from tiny_models import tiny_tokenizer
 from transformers import AutoTokenizer
 
+from qlora_serve.adapters.templates import TemplateProcess
 from qlora_serve.adapters.tokens import own_tokens
 from qlora_serve.errors import AdapterError
 
@@ -27,8 +30,14 @@ def test_added_tokens_and_another_end_of_turn_are_used(base, tmp_path):
     own.chat_template = own.chat_template.replace("<|im_end|>", "<|done|>")
     own.save_pretrained(tmp_path / "own")
     new = own.convert_tokens_to_ids("<|done|>")
-    found = own_tokens(tmp_path / "own", base, frozenset({2}), new + 1)
-    assert found is not None
+    with pytest.raises(AdapterError, match="start the server with --adapter-templates"):
+        own_tokens(tmp_path / "own", base, frozenset({2}), new + 1)
+    with closing(TemplateProcess()) as templates:
+        found = own_tokens(tmp_path / "own", base, frozenset({2}), new + 1, templates)
+        assert found is not None
+        asked = [{"role": "user", "content": "x"}]
+        text = found.tokenizer.apply_chat_template(asked, tokenize=False)
+        assert found.template.render(asked) == text
     assert found.stop_token_ids == {2, new}
     chat = found.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert found.tokenizer(chat)["input_ids"].count(new) == 1

@@ -106,6 +106,7 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
         "path": scope["path"],
         "status": status,
         "seconds": round(seconds, 4),
+        "request_id": REQUEST_ID.get(),
         "key": caller.record.id if caller is not None and caller.record is not None else None,
     }
     log.info("%s %s %d", scope["method"], scope["path"], status, extra={"fields": fields})

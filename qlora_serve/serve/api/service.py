@@ -190,14 +190,17 @@ class Service:
             tokens: the adapter's own, if it has any.
 
         Raises:
-            RequestError: the base's chat template refuses the messages.
+            RequestError: the chat template refuses the messages, or takes too long or too much.
         """
 
         tokenizer = (tokens or self.base).tokenizer
 
         def tokenize() -> tuple[int, ...]:
             try:
-                text = render_chat(tokenizer, messages, add_generation_prompt, tools)
+                if tokens is not None and tokens.template is not None:
+                    text = tokens.template.render(messages, add_generation_prompt, tools)
+                else:
+                    text = render_chat(tokenizer, messages, add_generation_prompt, tools)
                 return tuple(encode_text(tokenizer, text))
             except BaseModelError as error:
                 raise RequestError(str(error), param="messages") from None

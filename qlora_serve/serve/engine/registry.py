@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_serve.adapters.files import WEIGHTS_FILE, read_adapter
 from qlora_serve.adapters.fit import FitChecker
+from qlora_serve.adapters.templates import TemplateProcess
 from qlora_serve.adapters.tokens import own_tokens
 from qlora_serve.adapters.weights import AdapterWeights, check_settings_and_fit, load_weights
 from qlora_serve.errors import (
@@ -66,6 +67,7 @@ class AdapterRegistry:
         fit: FitChecker | None = None,
         memory: int = _UNBOUNDED,
         host_memory: int = _UNBOUNDED,
+        templates: bool = False,
     ) -> None:
         """
         Args:
@@ -73,6 +75,7 @@ class AdapterRegistry:
             fit: of the runner's base.
             memory: bytes for adapters on the device.
             host_memory: bytes for adapters in the host's memory.
+            templates: whether adapters may bring chat templates of their own.
         """
         self._runner = runner
         self._fit = fit or FitChecker(runner.base.source)
@@ -80,6 +83,7 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         # Two changes at once could leave a name with the content of one and the pin of the other.
         self._changing = threading.Lock()
+        self._templates = TemplateProcess() if templates else None
         self.host = HostCache(host_memory)
         self.residency = Residency(memory, self._load_slot)
 
@@ -122,7 +126,7 @@ class AdapterRegistry:
         """The content with the adapter's own tokenizer, if it has one."""
         base = self._runner.base
         known = content.vocabulary or self._fit.embeddings.rows
-        own = own_tokens(content.path, base.tokenizer, base.stop_token_ids, known)
+        own = own_tokens(content.path, base.tokenizer, base.stop_token_ids, known, self._templates)
         return replace(content, tokens=own)
 
     def add(self, name: str, path: Path, pin: bool = False) -> Registered:
@@ -262,8 +266,10 @@ class AdapterRegistry:
         self.host.keep_only(wanted.__contains__)
 
     def close(self) -> None:
-        """Ends the loader's thread."""
+        """Ends the loader's thread and the process of templates."""
         self.residency.close()
+        if self._templates is not None:
+            self._templates.close()
 
     def _place(
         self, name: str, path: Path, content: AdapterContent, seen: Signature | None, pin: bool
