@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from peft import PeftModel
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 from tiny_models import write_random_adapter, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -297,5 +298,16 @@ def test_more_registered_than_fit_are_served_all_the_same(folder, expected) -> N
         assert (tiers["one"], tiers["two"]) == ("disk", "device")
         assert 0 < found["memory"]["device_bytes"] <= 60_000
         assert found["memory"]["host_bytes"] == 0
+        page = client.get("/metrics").text
+        moves = {
+            (sample.name, sample.labels["adapter"]): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name.startswith("qlora_serve_adapter_") and sample.labels
+        }
+        for name in ("one", "two"):
+            assert moves["qlora_serve_adapter_loads_total", name] >= 2
+            assert moves["qlora_serve_adapter_evictions_total", name] >= 1
+        assert "qlora_serve_kv_usage_ratio " in page
         said = _error(_ask(client, adapter="dora"), 422)
         assert "bytes on the device, and --adapter-memory gives 60000" in said

@@ -1,21 +1,24 @@
 """`GET /metrics`, in Prometheus's format."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from qlora_serve.serve.api.caller import Caller
 from qlora_serve.serve.engine.engine import Engine
+from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.request import GenerationRequest, Usage
 
 _MOST_NAMES = 100
 """Adapters with labels of their own; all further ones are counted as `other`."""
 _OTHER = "other"
+_DEVICE_BYTES = "qlora_serve_adapter_device_bytes"
 _RUNNING = "running_lora_adapters"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -23,12 +26,16 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class Metrics:
     """What is counted, by adapter; prompts and keys are never part of it."""
 
-    def __init__(self, engine: Engine, base_name: str) -> None:
+    def __init__(
+        self, engine: Engine, base_name: str, adapters: AdapterRegistry | None = None
+    ) -> None:
         self._base_name = base_name
         self._names: set[str] = set()
         self._live: dict[str, int] = {}
         self.registry = CollectorRegistry(auto_describe=True)
         self.registry.register(_EngineState(engine, self._live, base_name))
+        if adapters is not None:
+            self.registry.register(_AdapterState(adapters, self._label))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"qlora_serve_{name}", text, ["adapter", *labels],
@@ -59,7 +66,10 @@ class Metrics:
     def name(self, request: GenerationRequest) -> str:
         """The label of a request: its adapter's name, the base's, or `other`."""
         adapter = request.adapter
-        name = self._base_name if adapter is None else str(adapter.name)
+        return self._label(self._base_name if adapter is None else str(adapter.name))
+
+    def _label(self, name: str) -> str:
+        """A name as a label; there are never more than `_MOST_NAMES`."""
         if name not in self._names:
             if len(self._names) >= _MOST_NAMES:
                 return _OTHER
@@ -118,6 +128,8 @@ class _Visible(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics, with what is hidden left out."""
         for metric in self._registry.collect():
+            if metric.name == _DEVICE_BYTES:
+                continue  # the hidden ones are in the sum
             shown = copy(metric)
             shown.samples = [
                 sample._replace(labels=self._labels(sample.labels))
@@ -136,6 +148,41 @@ class _Visible(Collector):
         if label == self._base_name:
             return True  # also what belongs to no adapter
         return label != _OTHER and all(map(self._caller.allows, label.split("+")))
+
+
+class _AdapterState(Collector):
+    """What is read from the adapters' places when somebody asks."""
+
+    def __init__(self, adapters: AdapterRegistry, label: Callable[[str], str]) -> None:
+        self._adapters = adapters
+        self._label = label
+
+    def collect(self) -> Iterator[Metric]:
+        """The memory that adapters take, and how often they came and went."""
+        residency = self._adapters.residency
+        used = GaugeMetricFamily(
+            _DEVICE_BYTES, "Memory of the device that adapters take.",
+            value=residency.used,
+        )  # fmt: skip
+        yield used
+        names = {
+            entry.content.identity: entry.name
+            for entry in reversed(self._adapters.entries())
+            if entry.content is not None
+        }
+        loads, evictions = residency.moves()
+        for name, text, counts in (
+            ("loads", "Times that an adapter was put on the device.", loads),
+            ("evictions", "Times that an adapter on the device made room for another.", evictions),
+        ):
+            by_label: Counts[str] = Counts()
+            for identity, count in counts.items():
+                if identity in names:  # else it is only held by requests of a name that is gone
+                    by_label[self._label(names[identity])] += count
+            family = CounterMetricFamily(f"qlora_serve_adapter_{name}", text, labels=["adapter"])
+            for label, count in sorted(by_label.items()):
+                family.add_metric([label], count)
+            yield family
 
 
 class _EngineState(Collector):
@@ -157,6 +204,13 @@ class _EngineState(Collector):
         yield gauge("waiting", "Answers that wait for a place.", scheduler.waiting)
         yield gauge("kv_blocks_used", "Blocks of keys and values in use.", scheduler.blocks.used)
         yield gauge("kv_blocks", "Blocks of keys and values.", scheduler.blocks.total)
+        share = scheduler.blocks.used / max(1, scheduler.blocks.total)
+        yield gauge("kv_usage_ratio", "The share of the blocks that is in use.", share)
+        preemptions = CounterMetricFamily(
+            "qlora_serve_preemptions", "Answers that gave back their place for a while.",
+            value=scheduler.preemptions,
+        )  # fmt: skip
+        yield preemptions
         # The name and labels that gateways which route by adapter look for.
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",

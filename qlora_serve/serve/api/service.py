@@ -159,7 +159,7 @@ class Service:
     @cached_property
     def metrics(self) -> Metrics:
         """What is counted."""
-        return Metrics(self.engine, self.base_name)
+        return Metrics(self.engine, self.base_name, self.adapters)
 
     @cached_property
     def traffic(self) -> Traffic:

@@ -165,6 +165,11 @@ class Residency:
         with self._lock:
             return self._table.slots()
 
+    def moves(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How often each content arrived on the device, and had to go; by identity."""
+        with self._lock:
+            return dict(self._table.loads), dict(self._table.evictions)
+
     def sweep(self, is_named: Callable[[str], bool]) -> set[str]:
         """Drops slots that nobody needs; returns the identities that requests still wait for."""
         with self._lock:

@@ -5,6 +5,7 @@ one or several slots, each with a scale. The `SlotTable` decides what is loaded 
 `residency.Residency` does the loading, and calls the table under its lock.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,6 +158,10 @@ class SlotTable:
         self._turns: WeakKeyDictionary[AdapterSelection, _Turn] = WeakKeyDictionary()
         self._clock = 0
         self._starting: list[Slot] = []
+        self.loads: Counter[str] = Counter()
+        """How often each content arrived, by identity; forgotten with its name."""
+        self.evictions: Counter[str] = Counter()
+        """How often each had to make room."""
 
     def slot(self, key: SlotKey, size: int, content: Any) -> Slot:
         """The slot of a content; a failed one may be tried again from here on."""
@@ -285,6 +290,7 @@ class SlotTable:
     def loaded(self, slot: Slot, resident: Any, size: int) -> None:
         """A slot's content has arrived; `size` is what it takes, in bytes."""
         slot.state, slot.resident, slot.size, slot.used = "resident", resident, size, self._tick()
+        self.loads[slot.key[0]] += 1
         self._begin()
 
     def failed(self, slot: Slot, error: str) -> None:
@@ -305,6 +311,10 @@ class SlotTable:
             if slot.state != "resident" or not slot.has_name:
                 _empty(slot)
                 del self._slots[slot.key]
+        held = {slot.key[0] for slot in self._slots.values()}
+        for counts in (self.loads, self.evictions):
+            for identity in [i for i in counts if i not in held and not is_named(i)]:
+                del counts[identity]
         self._begin()
 
     def _tick(self) -> int:
@@ -345,6 +355,7 @@ class SlotTable:
         if lacking > 0:
             return False
         for slot in victims:
+            self.evictions[slot.key[0]] += 1
             _empty(slot)
         return True
 
