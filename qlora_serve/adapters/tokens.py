@@ -75,7 +75,7 @@ def own_tokens(
             )
         template = OwnTemplate(own, templates)
     try:
-        stops = stop_token_ids(own, render=template and template.render)
+        stops = stop_token_ids(own, render=template.render if template is not None else None)
         return AdapterTokens(own, base_stops | stops, template)
     except BaseModelError as error:
         raise AdapterError(f"the chat template beside adapter {path}: {error}") from None

@@ -1,6 +1,7 @@
 """A small client of the server's own endpoint, for `compare` and `chat`."""
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import httpx
 from qlora_serve.errors import QloraServeError, RequestError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "QLORA_SERVE_KEY"
+"""The environment variable with the key for a server that asks for one."""
 
 
 class Client:
@@ -18,7 +21,13 @@ class Client:
         # People paste either form: with the API's /v1, or the server alone.
         self.url = url.rstrip("/").removesuffix("/v1")
         # An answer may take minutes on a CPU; only connecting has a limit.
-        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10.0))
+        # A key in a flag would be in everybody's list of processes.
+        key = os.environ.get(KEY_VARIABLE)
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(None, connect=10.0),
+            headers={"authorization": f"Bearer {key}"} if key else {},
+        )
 
     def models(self) -> list[str]:
         """The names that the server answers to, the base first."""

@@ -14,7 +14,8 @@ import pytest
 from in_process_server import serving
 from tiny_models import write_random_adapter, write_tiny_model
 
-from qlora_serve.errors import ConfigError
+from qlora_serve.cli.client import Client
+from qlora_serve.errors import ConfigError, RequestError
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.keys import add_key, revoke_key
@@ -90,6 +91,14 @@ def test_a_key_works_at_once_and_a_revoked_one_no_longer(server) -> None:
     revoke_key(server.file, "coming and going")
     with pytest.raises(openai.AuthenticationError):
         _ask(client)
+
+
+def test_the_terminals_client_takes_its_key_from_the_environment(server, monkeypatch) -> None:
+    monkeypatch.setenv("QLORA_SERVE_KEY", server.key("terminal", adapters=("beta",)))
+    assert Client(server.url).models() == ["tiny", "beta"]
+    monkeypatch.delenv("QLORA_SERVE_KEY")
+    with pytest.raises(RequestError, match="wants a key"):
+        Client(server.url).models()
 
 
 def test_scopes(server) -> None:
