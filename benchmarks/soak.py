@@ -12,6 +12,7 @@ be the one that was given alone, and the log must hold no prompt and no key.
 import argparse
 import asyncio
 import json
+import logging
 import random
 import statistics
 import subprocess
@@ -432,6 +433,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, tiny_server(Path(folder)) as server:
         report = soak(server, options.requests, options.seed)
         print(f"{report.requests} requests in {report.seconds:.0f} s: {dict(report.kinds)}")
