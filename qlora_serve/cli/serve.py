@@ -20,6 +20,7 @@ _PANELS |= dict.fromkeys(
         "max_messages",
         "max_output_tokens",
         "max_choices",
+        "max_variants",
         "max_stop_texts",
         "max_logit_biases",
         "max_tools",

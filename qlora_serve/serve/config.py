@@ -80,6 +80,8 @@ class ServeSettings(Settings):
     """The most tokens of one answer; as many as fit when left out."""
     max_choices: int = Field(default=32, ge=1)
     """Answers that one request may ask for: its prompts times n."""
+    max_variants: int = Field(default=16, ge=1)
+    """Variants of one comparison; their repeats count as choices."""
     max_stop_texts: int = Field(default=16, ge=0)
     """Texts in a request's stop."""
     max_logit_biases: int = Field(default=1024, ge=0)

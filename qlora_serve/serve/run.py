@@ -144,6 +144,7 @@ def _api_limits(settings: ServeSettings) -> ApiLimits:
         messages=settings.max_messages,
         output_tokens=settings.max_output_tokens,
         choices=settings.max_choices,
+        variants=settings.max_variants,
         stop_texts=settings.max_stop_texts,
         logit_biases=settings.max_logit_biases,
         tools=settings.max_tools,

@@ -120,6 +120,70 @@ class TextAnswer(Answer):
     usage: UsageAnswer
 
 
+class ComparedToken(Answer):
+    """A token of a variant's answer."""
+
+    token: str
+    logprob: float
+    """The variant's own, before temperature and penalties."""
+    bytes: list[int]
+    """Exact where the token is only a part of a character."""
+
+
+class TokenDivergence(Answer):
+    """What the adapter did at one token."""
+
+    divergence: float
+    """KL(adapter || base) over the vocabulary, in nats."""
+    logprob: float
+    """Of the token, by the adapter."""
+    base_logprob: float
+    """Of the token, by the base after the same words."""
+
+
+class DivergenceAnswer(Answer):
+    """How far the adapter's distributions are from the base's."""
+
+    error: str | None
+    """Why it is not known."""
+    mean: float | None
+    max: float | None
+    tokens: list[TokenDivergence]
+    """One for each token of the answer."""
+
+
+class VariantAnswer(Answer):
+    """One answer of one variant."""
+
+    index: int
+    variant: str
+    repeat: int
+    id: str
+    """For feedback."""
+    model: str
+    finish_reason: Literal["stop", "length", "error"]
+    error: str | None
+    """What broke; the other answers are not touched by it."""
+    usage: UsageAnswer
+    ttft_seconds: float | None
+    seconds: float
+    mean_logprob: float | None
+    text: str
+    tokens: list[ComparedToken]
+    divergence: DivergenceAnswer | None
+    """None for the base, and where it was not asked for."""
+
+
+class CompareAnswer(Answer):
+    """A whole comparison; streams send events instead."""
+
+    id: str
+    object: Literal["comparison"]
+    created: int
+    answers: list[VariantAnswer]
+    usage: UsageAnswer
+
+
 class ResponseAnswer(BaseModel):
     """A `response`; streams send its events."""
 

@@ -143,7 +143,7 @@ async def answer_whole(
     If the client goes away first, they are aborted.
     """
     async with service.generate_all(requests) as events:
-        gathered = await _until_gone(request, _gather(events, len(requests)))
+        gathered = await until_gone(request, _gather(events, len(requests)))
     if gathered is None:
         return Response(status_code=499)  # the client has gone; nobody reads this
     for one in gathered:
@@ -162,8 +162,8 @@ async def _gather(events: AsyncIterator[tuple[int, Event]], count: int) -> list[
     return gathered
 
 
-async def _until_gone(request: Request, work: Any) -> Any:
-    """The result of `work`, or None when the client went away first."""
+async def until_gone(request: Request, work: Any) -> Any:
+    """The result of `work`, a coroutine, or None when the client went away first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -17,6 +17,8 @@ class ApiLimits:
     """The most that `max_tokens` may be; None leaves it to the context's length."""
     choices: int = 32
     """Answers that one request may generate: prompts times `n` (or `best_of`)."""
+    variants: int = 16
+    """Variants of one comparison."""
     stop_texts: int = 16
     """Texts in `stop`."""
     stop_length: int = 1024

@@ -12,8 +12,8 @@ def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs]) -> dict[st
     return {
         "content": [
             {
-                **_named(texts, token.token_id, token.logprob),
-                "top_logprobs": [_named(texts, *pair) for pair in token.top],
+                **named_logprob(texts, token.token_id, token.logprob),
+                "top_logprobs": [named_logprob(texts, *pair) for pair in token.top],
             }
             for token in tokens
         ],
@@ -21,7 +21,8 @@ def chat_logprobs(texts: TokenTexts, tokens: Sequence[TokenLogprobs]) -> dict[st
     }
 
 
-def _named(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
+def named_logprob(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
+    """A token's text, exact bytes and log-probability."""
     return {
         "token": texts.text(token_id),
         "logprob": logprob,

@@ -129,7 +129,12 @@ class BlockManager:
         return sum(len(pool.users) for pool in self._pools)
 
     def begin(
-        self, key: Hashable, tokens: Sequence[int], spare: Sequence[int], chunk: int
+        self,
+        key: Hashable,
+        tokens: Sequence[int],
+        spare: Sequence[int],
+        chunk: int,
+        most_cached: int | None = None,
     ) -> Beginning | None:
         """Opens a table for `tokens`, with as much of their beginning as is known.
 
@@ -141,11 +146,13 @@ class BlockManager:
             spare: blocks of each group that must stay available.
             chunk: tokens that one step may compute, which is what a windowed group must hold
                 besides its window.
+            most_cached: tokens that may be taken over at most; all but the last when left out.
 
         Returns:
             None where there is no room now; nothing is taken then.
         """
-        match = self._match(key, tokens) if self._reuse else _Match()
+        known = tokens if most_cached is None else tokens[: most_cached + 1]
+        match = self._match(key, known) if self._reuse else _Match()
         count = len(match.nodes)
         cached = count * self.block_tokens + match.partial_tokens
         taken: list[list[int]] = []

@@ -86,6 +86,8 @@ class Engine:
                 f"the prompt holds token {max(request.prompt)}, and the model knows {known}",
                 param="messages",
             )
+        if request.score is not None and request.score.against is not None:
+            self.runner.check_comparable(request.adapter)
         sequence = Sequence(request, deliver)
         with self._door:
             if not self._open:
@@ -168,6 +170,8 @@ class Engine:
         for chunk in chunks:
             if not chunk.sequence.ended:
                 self.scheduler.record(chunk)
+                if chunk.completes and chunk.sequence.request.score is not None:
+                    self._end(chunk.sequence, Finished("scored", chunk.sequence.usage))
         for sequence, token in tokens:
             if token is None:
                 continue

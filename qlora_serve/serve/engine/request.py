@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "scored"]
+"""`scored` ends a request that generates nothing; see `Score`."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,36 @@ class Sampling:
     """How many of the likeliest tokens to report beside the chosen one; None reports nothing."""
 
 
+@dataclass(eq=False)
+class Score:
+    """Looks at a finished answer instead of generating one: what was each token's distribution?
+
+    The request's prompt is then prompt and answer, without the answer's last token, which no
+    distribution depends on. Two passes make a comparison. The first, by the base, keeps its hidden
+    states before the output head, since distributions over a whole vocabulary are a hundred times
+    as large. The second, by an adapter and `against` the first, puts these through the head again
+    beside its own, a few positions at a time.
+    """
+
+    first: int
+    """The position whose next token is the first of `targets`: the prompt's last."""
+    targets: tuple[int, ...]
+    """The answer's tokens."""
+    against: "Score | None" = None
+    """The base's finished pass over the same tokens; None for the first pass."""
+    hidden: Any = None
+    """The first pass's [targets, width], filled by the runner."""
+    logprobs: list[float] = field(default_factory=list)
+    """The second pass's log-probability of each target."""
+    base_logprobs: list[float] = field(default_factory=list)
+    """The base's, from the second pass too."""
+    divergences: list[float] = field(default_factory=list)
+    """KL(adapter || base) over the vocabulary at each target, in nats."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer to generate."""
+    """One answer to generate, or to score."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -63,6 +91,8 @@ class GenerationRequest:
     """A `guide.Guide` that the answer must follow; None for free text."""
     visible_ids: tuple[int, ...] = ()
     """Special tokens that are part of the text; all others are left out of it."""
+    score: Score | None = None
+    """Given where nothing is to be generated; `sampling` is not read then."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
+from qlora_serve.errors import RequestError
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
 from qlora_serve.serve.engine.fused import engine_computes, use_fused
 from qlora_serve.serve.engine.kernels.native import load_kernels
@@ -21,6 +22,7 @@ from qlora_serve.serve.engine.lora import (
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import sample
 from qlora_serve.serve.engine.scheduler import Chunk, Limits, Step
+from qlora_serve.serve.engine.scoring import Scoring
 
 
 class Runner:
@@ -37,6 +39,7 @@ class Runner:
             use_fused(base.model, self._context.kernels)
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
+        self._scoring = Scoring(base.model.get_decoder())
         self._dtype = getattr(torch, base.dtype)
         self.item_bytes = self._dtype.itemsize
         """Bytes of a number in the dtype that is computed in."""
@@ -103,11 +106,13 @@ class Runner:
         self.cache.copy(step.copies)
         ordered = sorted(step.chunks, key=_adapter_order)  # an adapter's rows lie side by side
         logits = self.forward(ordered)
+        faulty = [(c.sequence, None) for c in ordered if c.sequence in self._scoring.faulty]
         sampling = [chunk for chunk in ordered if chunk.samples]
         if not sampling:
-            return []
+            return [*faulty]
         tokens = sample(logits, [chunk.sequence.sampler for chunk in sampling])
-        return [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+        chosen = [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
+        return [*faulty, *chosen]
 
     @property
     def cache(self) -> KvCache:
@@ -117,7 +122,10 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Logits [sampling chunks, vocabulary] at the last token of each chunk that samples."""
+        """Logits [sampling chunks, vocabulary] at the last token of each chunk that samples.
+
+        Chunks that are scored leave what was found in their requests' `score`.
+        """
         context, device = self._context, self.base.device
         ids: list[int] = []
         positions: list[int] = []
@@ -127,7 +135,13 @@ class Runner:
             ids += chunk.sequence.tokens(chunk.start, chunk.count)
             positions += range(chunk.start, chunk.start + chunk.count)
             spans.append(Span(first, len(ids), chunk.start, chunk.sequence.blocks.blocks))
-        ends = [s.last - 1 for s, c in zip(spans, chunks, strict=True) if c.samples]
+        kept = [
+            row
+            for span, chunk in zip(spans, chunks, strict=True)
+            for row in range(span.last - chunk.outputs, span.last)
+        ]
+        guests = self._scoring.begin(chunks, [span.last for span in spans])
+        kept += range(len(ids), len(ids) + guests)
         context.spans = spans
         if context.kernels is not None:
             context.native_spans = NativeSpans(spans, len(self.windows))
@@ -135,7 +149,10 @@ class Runner:
             [(c.count, c.sequence.request.adapter) for c in chunks]
         )
         context.output_rows = rows_by_adapter(
-            [(1, c.sequence.request.adapter) for c in chunks if c.samples]
+            [
+                *((c.outputs, c.sequence.request.adapter) for c in chunks if c.outputs),
+                (guests, None),
+            ]
         )
         if context.kernels is not None:
             context.adapter_updates = native_updates(context.adapter_rows)
@@ -145,15 +162,31 @@ class Runner:
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+                logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
             )
         logits: Tensor = output.logits[0]
+        if self._scoring.is_needed:
+            logits = self._scoring.finish(chunks, logits, self._vocabulary)
         if logits.shape[-1] > self._vocabulary:
             # Only now: some families bend all logits into a range (softcapping) as the last thing.
             for row, chunk in enumerate(chunk for chunk in chunks if chunk.samples):
                 known = self.vocabulary(chunk.sequence.request.adapter)
                 logits[row, known:] = torch.finfo(logits.dtype).min
         return logits
+
+    def check_comparable(self, adapter: Any) -> None:
+        """Refuses to compare distributions over different vocabularies.
+
+        Raises:
+            RequestError: the adapter knows tokens that the base does not.
+        """
+        known = self.vocabulary(adapter)
+        if known != self._vocabulary:
+            raise RequestError(
+                f"the adapter knows {known} tokens and the base {self._vocabulary}: there is no "
+                "divergence between their distributions",
+                param="divergence",
+            )
 
     def vocabulary(self, adapter: Any) -> int:
         """How many tokens a request with this adapter, or with the base, may use."""

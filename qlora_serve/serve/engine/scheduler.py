@@ -91,7 +91,26 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk reaches the last known token, so that a next one can be chosen."""
+        return self.completes and self.sequence.request.score is None
+
+    @property
+    def completes(self) -> bool:
+        """Whether the chunk reaches the last known token."""
         return self.start + self.count == self.sequence.length
+
+    @property
+    def scored(self) -> int:
+        """How many of its last tokens are to be scored."""
+        score = self.sequence.request.score
+        if score is None:
+            return 0
+        return max(0, self.start + self.count - max(self.start, score.first))
+
+    @property
+    def outputs(self) -> int:
+        """How many of its last tokens need logits of their own."""
+        score = self.sequence.request.score
+        return int(self.samples) if score is None or score.against is None else self.scored
 
 
 @dataclass(frozen=True)
@@ -236,6 +255,8 @@ class Scheduler:
             sequence.tokens(0, sequence.length),
             spare=self._promised(),
             chunk=self.limits.step_tokens,
+            # What is to be scored has to be computed.
+            most_cached=None if sequence.request.score is None else sequence.request.score.first,
         )
         if start is None:
             return False
@@ -263,17 +284,17 @@ class Scheduler:
         running = sorted(self._running, key=rank)
         decoding = [s for s in running if self._is_decoding(s)][: self.limits.step_tokens]
         prompts = [s for s in running if not self._is_decoding(s)]
+        rests = scorable(prompts, SCORED_TOKENS)
         # What a prompt's rest costs, in tokens at the beginning of one.
         factors = [self._cost(s) for s in prompts]
         needs = [
-            math.ceil((s.length - s.computed) * factor)
-            for s, factor in zip(prompts, factors, strict=True)
+            math.ceil(rest * factor) for rest, factor in zip(rests, factors, strict=True)
         ]
         shares = split_budget(self.limits.step_tokens - len(decoding), needs)
         counts = dict.fromkeys(decoding, 1)
-        for s, share, factor in zip(prompts, shares, factors, strict=True):
+        for s, rest, share, factor in zip(prompts, rests, shares, factors, strict=True):
             if share:
-                counts[s] = min(s.length - s.computed, max(1, int(share / factor)))
+                counts[s] = min(rest, max(1, int(share / factor)))
         return counts
 
     def _cost(self, sequence: request.Sequence) -> float:
@@ -306,6 +327,28 @@ class Scheduler:
         self._adapters.release(sequence.request.adapter)
         self.blocks.release(sequence.blocks, keep)
         sequence.blocks, sequence.computed = None, 0
+
+
+SCORED_TOKENS = 64
+"""Tokens that one step may score; each costs two rows over the whole vocabulary."""
+
+
+def scorable(prompts: Sequence[request.Sequence], room: int) -> list[int]:
+    """Tokens that each prompt still has to compute, as far as the step has room to score them.
+
+    Args:
+        prompts: the oldest first.
+        room: tokens that may be scored, over all of them.
+    """
+    needs = []
+    for sequence in prompts:
+        end, score = sequence.length, sequence.request.score
+        if score is not None:
+            begin = max(sequence.computed, score.first)
+            end = min(end, begin + room)
+            room -= end - begin
+        needs.append(end - sequence.computed)
+    return needs
 
 
 _OLDEST_SHARE = 4
