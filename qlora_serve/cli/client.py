@@ -45,11 +45,25 @@ class Client:
         answer: dict[str, Any] = self._send(request).json()
         return answer
 
+    def compare(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A whole comparison. Raises as `complete` does."""
+        answer: dict[str, Any] = self._send(
+            self._http.build_request("POST", "/v1/compare", json=body)
+        ).json()
+        return answer
+
+    def compare_stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What happens in a comparison. Raises as `complete` does."""
+        return self._events("/v1/compare", body)
+
     def stream(self, body: dict[str, Any]) -> Iterator[str]:
         """The pieces of an answer's text, as they come. Raises as `complete` does."""
-        request = self._http.build_request(
-            "POST", "/v1/chat/completions", json={**body, "stream": True}
-        )
+        for event in self._events("/v1/chat/completions", body):
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or ""
+
+    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        request = self._http.build_request("POST", path, json={**body, "stream": True})
         response = self._send(request, stream=True)
         try:
             for line in response.iter_lines():
@@ -59,10 +73,9 @@ class Client:
                 if data == "[DONE]":
                     return
                 event = json.loads(data)
-                if "error" in event:
+                if "error" in event and "type" not in event:
                     raise RequestError(event["error"]["message"])
-                for choice in event["choices"]:
-                    yield choice["delta"].get("content") or ""
+                yield event
         except httpx.HTTPError as error:
             raise QloraServeError(f"the connection to {self.url} broke: {error}") from None
         finally:

@@ -1,8 +1,6 @@
 """`qlora-serve compare`."""
 
 import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,23 +17,38 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 def compare(
     prompt: Annotated[str, typer.Argument(help="The question.")],
     variants: Annotated[
-        str, typer.Option(help="base and adapters' names, with commas; all of them when left out.")
+        str,
+        typer.Option(
+            help="base and adapters' names, with commas, each with @SCALE if it is to be scaled; "
+            "all of them when left out."
+        ),
     ] = "",
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers of each variant.")] = 1,
+    divergence: Annotated[
+        bool, typer.Option(help="Measure how far each adapter is from the base at every token.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Ask base and adapters the same question at once, and show the answers side by side.
+
+    On a terminal the answers stream, and then each word is shaded by how much the adapter changed
+    the base's mind there.
 
     Examples:
 
         qlora-serve compare "Rain stopped the final." --variants base,tagging
 
+        qlora-serve compare "Rain stopped the final." --variants base,tagging@0.5,tagging
+
         qlora-serve compare "My order never came" --json
     """
+    from rich.console import Console
+
     from qlora_serve.cli.client import Client
 
     client = Client(url)
@@ -48,43 +61,65 @@ def compare(
         messages.insert(0, {"role": "system", "content": system})
     body = {
         "messages": messages, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
+        "variants": [variant(name, repeats) for name in names], "divergence": divergence,
     }  # fmt: skip
-    # One request each at the same time: the server answers them in one batch.
-    with ThreadPoolExecutor(len(names)) as pool:
-        answers = list(pool.map(lambda name: _ask(client, name, body), names))
+    console = Console()
+    if not as_json and console.is_terminal:
+        _stream(client, body, console)
+        return
+    found = client.compare(body)["answers"]
     if as_json:
+        answers = [_plain(answer) for answer in found]
         typer.echo(json.dumps({"prompt": prompt, "answers": answers}, indent=2, ensure_ascii=False))
     else:
-        _show(answers)
+        from qlora_serve.cli.columns import Columns
+
+        console.print(Columns.of_whole(found).table())
 
 
-def _ask(client: "Client", name: str, body: dict[str, Any]) -> dict[str, Any]:
-    start = time.monotonic()
-    answer = client.complete({**body, "model": name})
-    choice = answer["choices"][0]
+def variant(text: str, repeats: int = 1) -> dict[str, Any]:
+    """`NAME` or `NAME@SCALE` as the server takes it.
+
+    Raises:
+        ConfigError: the scale is not a number.
+
+    >>> variant("tagging@0.5")
+    {'name': 'tagging@0.5', 'repeats': 1, 'adapter': 'tagging', 'adapter_scale': 0.5}
+    """
+    name, mark, scale = text.rpartition("@")
+    named: dict[str, Any] = {"name": text[:64], "repeats": repeats}
+    if not mark:
+        return {**named, "model": text}
+    try:
+        return {**named, "adapter": name, "adapter_scale": float(scale)}
+    except ValueError:
+        raise ConfigError(
+            f"--variants {text}: expected NAME or NAME@SCALE, such as tagging@0.5"
+        ) from None
+
+
+def _plain(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer as scripts have read it since the first version, and what came since."""
     return {
-        "variant": name,
-        "text": choice["message"]["content"],
-        "finish_reason": choice["finish_reason"],
+        "variant": answer["variant"],
+        "text": answer["text"],
+        "finish_reason": answer["finish_reason"],
         "tokens": answer["usage"]["completion_tokens"],
-        "seconds": round(time.monotonic() - start, 3),
+        "seconds": answer["seconds"],
+        **{key: answer[key] for key in ("repeat", "id", "model", "error", "ttft_seconds")},
+        **{key: answer[key] for key in ("mean_logprob", "divergence")},
+        "token_logprobs": answer["tokens"],
     }
 
 
-def _show(answers: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _stream(client: "Client", body: dict[str, Any], console: Any) -> None:
+    from rich.live import Live
 
-    table = Table(expand=True, show_lines=True)
-    for answer in answers:
-        table.add_column(answer["variant"], ratio=1, overflow="fold")
-    table.add_row(*(Text(answer["text"]) for answer in answers))
-    table.add_row(
-        *(
-            f"{a['tokens']} tokens, {a['seconds']:.1f} s, ended by {a['finish_reason']}"
-            for a in answers
-        ),
-        style="dim",
-    )
-    Console().print(table)
+    from qlora_serve.cli.columns import Columns
+
+    columns = Columns()
+    # Longer answers than the screen is high scroll away while they stream; the end shows all.
+    with Live(console=console, vertical_overflow="visible", refresh_per_second=12) as live:
+        for event in client.compare_stream(body):
+            columns.take(event)
+            live.update(columns.table())

@@ -123,6 +123,7 @@ class TextAnswer(Answer):
 class ComparedToken(Answer):
     """A token of a variant's answer."""
 
+    id: int
     token: str
     logprob: float
     """The variant's own, before temperature and penalties."""

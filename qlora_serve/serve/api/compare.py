@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 
-from qlora_serve.errors import RequestTimeoutError
+from qlora_serve.errors import EngineStoppedError, RequestTimeoutError
 from qlora_serve.serve.api.access import require_scope
 from qlora_serve.serve.api.answers import CompareAnswer, whole_or_stream
 from qlora_serve.serve.api.chat_prompt import prepare_chat
@@ -42,6 +42,8 @@ async def compare(body: CompareRequest, request: Request) -> Response:
         whole = await until_gone(request, _gather(comparison, events))
     if whole is None:
         return Response(status_code=499)  # the client has gone; nobody reads this
+    if not service.engine.is_alive:
+        raise EngineStoppedError("the engine stopped while it was answering")
     return JSONResponse(whole)
 
 

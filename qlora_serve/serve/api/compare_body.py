@@ -125,4 +125,4 @@ class CompareRequest(SamplingChoice):
 
 def as_variant(given: str | Variant) -> Variant:
     """A variant, whichever way it was given."""
-    return Variant(model=given, name=given[:64] or None) if isinstance(given, str) else given
+    return Variant(model=given) if isinstance(given, str) else given

@@ -55,7 +55,10 @@ class Contender:
 
     def tokens(self, logprobs: Sequence[Any]) -> list[dict[str, Any]]:
         """Tokens with their text and log-probability."""
-        return [named_logprob(self.texts, one.token_id, one.logprob) for one in logprobs]
+        return [
+            {"id": one.token_id, **named_logprob(self.texts, one.token_id, one.logprob)}
+            for one in logprobs
+        ]
 
     def summary(self, model: Callable[[AdapterSelection | None], str]) -> dict[str, Any]:
         """How it went, without the text."""
@@ -152,13 +155,13 @@ class Comparison:
         """
         requests = [one.request for one in self.contenders]
         began = time.perf_counter()
-        try:
-            async with self._service.generate_all(requests) as answers:
+        async with self._service.generate_all(requests) as answers:
+            try:
                 yield self._events(answers, began)
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            finally:  # before the answers are closed, which must not happen while they are read
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _events(
         self, answers: AsyncIterator[tuple[int, Event]], began: float
