@@ -11,7 +11,16 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from qlora_serve import __version__
-from qlora_serve.serve.api import adapters, chat, compare, completions, errors, responses, tokens
+from qlora_serve.serve.api import (
+    adapters,
+    chat,
+    compare,
+    completions,
+    errors,
+    page,
+    responses,
+    tokens,
+)
 from qlora_serve.serve.api.access import Access, require_scope
 from qlora_serve.serve.api.answers import ERRORS, ModelCard, ModelList, StatusAnswer
 from qlora_serve.serve.api.caller import current_caller
@@ -52,6 +61,7 @@ def create_app(service: Service) -> FastAPI:
         )
     errors.install(app)
     app.include_router(adapters.router)  # which says itself what is for admins
+    app.include_router(page.router)  # which is the same for everybody
     for module in (chat, compare, completions, responses, tokens):
         app.include_router(module.router, dependencies=[Depends(require_scope("infer"))])
     _add_models(app, service)

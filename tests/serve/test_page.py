@@ -1,0 +1,232 @@
+"""The page in a real browser: asking, marks, votes, history, adapters, errors, a phone's width."""
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from browser import browser, needs_chromium
+from server_process import running_server
+from tiny_models import write_random_adapter, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("page")
+    base = write_tiny_model(folder / "tiny")
+    for number, name in enumerate(("tagging", "tickets")):
+        write_random_adapter(folder / "adapters" / name, base, seed=number)
+    with running_server(base, "--adapters-dir", folder / "adapters", "--adapters-poll", "0") as url:
+        yield url
+
+
+def test_the_page_loads_nothing_from_elsewhere(url) -> None:
+    page = httpx.get(url)
+    assert page.status_code == 200
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    names = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert len(names) == 2
+    scripts = {name: httpx.get(f"{url}/{name}") for name in names}
+    for name in re.findall(r'from "\./([^"]+)"', scripts["page/app.js"].text):
+        scripts[name] = httpx.get(f"{url}/page/{name}")
+    for name, answer in scripts.items():
+        assert answer.status_code == 200, name
+        kind = "text/css" if name.endswith("css") else "text/javascript"
+        assert answer.headers["content-type"].startswith(kind)
+        assert "http://" not in answer.text
+        assert "https://" not in answer.text
+    for name in ("index.html", "nothing.js", "../app.py", "%2e%2e%2fconfig.py"):
+        assert httpx.get(f"{url}/page/{name}").status_code == 404
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(chromium, url):
+    """A fresh visitor; whatever the console complains of, or comes from elsewhere, is a failure."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else 0)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request", lambda one: None if one.url.startswith((url, "data:")) else wrong.append(one.url)
+    )
+    page.wrong = wrong
+    page.goto(url)
+    page.wait_for_selector(".variant")
+    yield page
+    context.close()
+    assert not wrong
+
+
+def _ask(page, text: str = "hello fox", tokens: int = 16) -> None:
+    page.evaluate("document.getElementById('settings').open = true")
+    page.fill("#max_tokens", str(tokens))
+    page.fill("#prompt", text)
+    page.press("#prompt", "Control+Enter")
+
+
+def _asked(page, text: str = "hello fox") -> None:
+    _ask(page, text)
+    page.wait_for_selector("#send:enabled")
+    page.wait_for_selector(".answer .figures:has-text('tokens in')")
+
+
+@needs_chromium
+def test_answers_stand_side_by_side_as_the_server_gives_them(page, url) -> None:
+    assert page.locator("#empty").is_visible()
+    _asked(page)
+    body = {
+        "messages": [{"role": "user", "content": "hello fox"}],
+        "variants": ["base", "tagging", "tickets"], "temperature": 0, "max_tokens": 16,
+    }  # fmt: skip
+    expected = httpx.post(f"{url}/v1/compare", json=body, timeout=60).json()["answers"]
+    cards = page.locator(".answer")
+    assert cards.locator("h3").all_text_contents() == ["base", "tagging", "tickets"]
+    page.check("input[value=none]")
+    said = page.eval_on_selector_all(".said", "all => all.map(one => one.textContent)")
+    assert said == [one["text"] for one in expected]
+    lefts = page.eval_on_selector_all(".answer", "all => all.map(one => one.offsetLeft)")
+    assert lefts == sorted(set(lefts)), "side by side"
+    assert "nats from the base" not in cards.nth(0).inner_text()
+    mean = expected[1]["divergence"]["mean"]
+    assert f"{mean:.3f} nats from the base" in cards.nth(1).inner_text()
+    page.check("input[value=divergence]")
+    shades = cards.nth(1).locator(".said span")
+    assert shades.count() == len(expected[1]["tokens"])
+    for number, found in enumerate(expected[1]["divergence"]["tokens"]):
+        level = sum(found["divergence"] >= least for least in (0.05, 0.25, 1, 3))
+        assert shades.nth(number).get_attribute("class") == (f"d{level}" if level else None)
+    assert cards.nth(0).locator(".said span").count() == 0
+    page.check("input[value=difference]")
+    assert cards.nth(0).locator("mark").count() == 0
+    assert cards.nth(1).locator("mark").count() > 0
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("text", "other", "new"),
+    [
+        ("a b c", "a b c", ""),
+        ("a x c", "a b c", "x "),
+        ("b c", "a b c", ""),
+        ("a b c d", "b c", "a d"),
+        ("你好 🙂", "你好 🚀", "🙂"),
+        ("", "a", ""),
+    ],
+)
+def test_differences_are_the_words_that_the_other_lacks(page, text, other, new) -> None:
+    found = page.evaluate(
+        "async ([text, other]) => (await import('/page/text.js')).differences(text, other)",
+        [text, other],
+    )
+    assert "".join(word["text"] for word in found) == text
+    assert "".join(word["text"] for word in found if word["isNew"]) == new
+
+
+@needs_chromium
+def test_votes_history_and_standings_stay_in_the_browser(page) -> None:
+    _asked(page, "hello fox")
+    page.locator("h1").click()
+    page.keyboard.press("2")
+    assert page.locator(".answer.chosen h3").inner_text() == "tagging"
+    _asked(page, "second <b>question</b>")
+    page.locator(".answer").nth(0).get_by_role("button", name="Best").click()
+    rows = page.locator("#ranks tbody tr").all_inner_texts()
+    assert [row.split() for row in rows] == [
+        ["base", "1", "2", "50", "%"], ["tagging", "1", "2", "50", "%"],
+        ["tickets", "0", "2", "0", "%"],
+    ]  # fmt: skip
+    page.reload()
+    page.wait_for_selector(".variant")
+    entries = page.locator("#past li")
+    assert entries.count() == 2
+    assert "second <b>question</b>" in entries.nth(0).inner_text(), "text stays text"
+    entries.nth(1).get_by_role("button").click()
+    assert page.input_value("#prompt") == "hello fox"
+    assert page.locator(".answer.chosen h3").inner_text() == "tagging"
+    page.keyboard.press("Escape")
+    page.click("#forget")
+    assert page.locator("#past li").count() == 0
+    assert "No votes yet" in page.locator("#ranks").inner_text()
+
+
+@needs_chromium
+def test_scales_repeats_and_choices_reach_the_server(page) -> None:
+    page.uncheck(".variant input[value=base]")
+    page.uncheck(".variant input[value=tickets]")
+    page.fill("[aria-label='Scale of tagging']", "0")
+    page.evaluate("document.getElementById('settings').open = true")
+    page.fill("#repeats", "2")
+    _asked(page)
+    assert page.locator(".answer h3").all_inner_texts() == ["tagging@0", "tagging@0 #2"]
+    assert "0.000 nats from the base" in page.locator(".answer").nth(0).inner_text()
+    page.uncheck(".variant input[value=tagging]")
+    page.click("#send")
+    assert page.locator("#problem").inner_text() == "Choose at least one who answers."
+
+
+@needs_chromium
+def test_stop_keeps_what_was_said(page) -> None:
+    _ask(page, tokens=400)
+    page.wait_for_selector("#stop:enabled")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:enabled")
+    assert page.locator(".answer.running").count() == 0
+    assert page.locator("#problem").is_hidden()
+
+
+@needs_chromium
+def test_a_refusal_is_readable(page) -> None:
+    _ask(page, tokens=100000)
+    page.wait_for_selector("#problem:visible")
+    assert "this server takes at most" in page.locator("#problem").inner_text()
+    assert page.locator("#send").is_enabled()
+    page.wrong[:] = [text for text in page.wrong if "status of 400" not in text]
+
+
+@needs_chromium
+def test_adapters_are_loaded_and_unloaded(page) -> None:
+    rows = page.locator("#adapterlist tbody tr")
+    assert rows.count() == 2
+    assert "ready" in rows.nth(0).inner_text()
+    page.get_by_role("button", name="Unload tickets").click()
+    page.wait_for_function("document.querySelectorAll('#adapterlist tbody tr').length === 1")
+    assert page.locator(".variant").count() == 2
+    page.fill("#loadname", "tickets")
+    page.fill("#loadpath", "/etc")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector("#adapterproblem:visible")
+    assert "outside the folders" in page.locator("#adapterproblem").inner_text()
+    page.fill("#loadpath", "")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('#adapterlist tbody tr').length === 2")
+    assert page.locator("#adapterproblem").is_hidden()
+    page.wrong[:] = [text for text in page.wrong if "status of 403" not in text]
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_the_colour_scheme(chromium, url, scheme) -> None:
+    context = chromium.new_context(
+        viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True
+    )
+    page = context.new_page()
+    page.goto(url)
+    page.wait_for_selector(".variant")
+    _asked(page)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360, "nothing sticks out"
+    tops = page.eval_on_selector_all(".answer", "all => all.map(one => one.offsetTop)")
+    assert tops == sorted(set(tops)), "one below the other"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) == (scheme == "dark")
+    context.close()
