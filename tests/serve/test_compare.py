@@ -2,14 +2,20 @@
 
 import json
 import math
+import threading
 
 import httpx
 import pytest
 import torch
+from in_process_server import serving
 from mixed_batch import reference
+from tiny_models import write_random_adapter, write_tiny_model
 from transformers import AutoTokenizer
 
 from qlora_serve.serve.api.answers import CompareAnswer
+from qlora_serve.serve.api.traffic import Passage
+from qlora_serve.serve.config import ServeSettings
+from qlora_serve.serve.run import build_service
 
 MESSAGES = [{"role": "user", "content": "Order 4711 arrived broken, 你好 🙂"}]
 SHARED = {"messages": MESSAGES, "temperature": 0, "max_tokens": 20}
@@ -183,3 +189,54 @@ def test_wrong_bodies_are_refused_before_anything_runs(api_url, body, status, me
         )
         assert response.status_code == status, response.text
         assert message in response.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_ends_answers_and_scoring(api_paths) -> None:
+    """Whether it leaves while the answers come or while they are scored, nothing stays behind."""
+    settings = ServeSettings(base=str(api_paths["base"]), adapters_dir=api_paths["adapters"])
+    service = build_service(settings)
+    ended = threading.Event()
+    live: list[int] = []
+    with serving(service) as url:
+        real_leave = Passage.leave
+
+        def leave(passage: Passage) -> None:
+            real_leave(passage)
+            live.append(service.traffic.live)
+            ended.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Passage, "leave", leave)
+            for stop_at in ("delta", "answer"):
+                ended.clear()
+                body = SHARED | {
+                    "variants": ["tagging", {"model": "tickets", "max_tokens": 400}],
+                    "stream": True, "ignore_eos": True,
+                }  # fmt: skip
+                with httpx.stream("POST", f"{url}/v1/compare", json=body, timeout=60) as response:
+                    for line in response.iter_lines():
+                        if f'"type": "{stop_at}"' in line:
+                            break
+                while live[-1:] != [0]:
+                    assert ended.wait(60)
+                    ended.clear()
+                live.clear()
+        done = _compare(url, variants=["base", "tagging"])
+        assert len(done["answers"]) == 2
+    assert service.engine.scheduler.sequences() == []
+    assert service.engine.scheduler.blocks.used == 0
+
+
+def test_an_adapter_with_more_tokens_than_the_base_says_why_it_has_no_divergence(tmp_path) -> None:
+    base = write_tiny_model(tmp_path / "base", "llama-untied")
+    adapter = write_random_adapter(
+        tmp_path / "wide", base, vocabulary=516, target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    service = build_service(ServeSettings(base=str(base), adapter={"wide": adapter}))
+    assert service.adapters.entry("wide").content is not None, service.adapters.entry("wide").reason
+    with serving(service) as url:
+        (answer,) = _compare(url, variants=["wide"], ignore_eos=True)["answers"]
+    assert answer["usage"]["completion_tokens"] == 20
+    assert answer["divergence"]["mean"] is None
+    assert "516 tokens and the base 512" in answer["divergence"]["error"]
