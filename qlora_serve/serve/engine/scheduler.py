@@ -287,9 +287,7 @@ class Scheduler:
         rests = scorable(prompts, SCORED_TOKENS)
         # What a prompt's rest costs, in tokens at the beginning of one.
         factors = [self._cost(s) for s in prompts]
-        needs = [
-            math.ceil(rest * factor) for rest, factor in zip(rests, factors, strict=True)
-        ]
+        needs = [math.ceil(rest * factor) for rest, factor in zip(rests, factors, strict=True)]
         shares = split_budget(self.limits.step_tokens - len(decoding), needs)
         counts = dict.fromkeys(decoding, 1)
         for s, rest, share, factor in zip(prompts, rests, shares, factors, strict=True):
