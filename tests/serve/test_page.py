@@ -195,11 +195,13 @@ def test_a_refusal_is_readable(page) -> None:
 
 @needs_chromium
 def test_adapters_are_loaded_and_unloaded(page) -> None:
+    from playwright.sync_api import expect
+
     rows = page.locator("#adapterlist tbody tr")
     assert rows.count() == 2
     assert "ready" in rows.nth(0).inner_text()
     page.get_by_role("button", name="Unload tickets").click()
-    page.wait_for_function("document.querySelectorAll('#adapterlist tbody tr').length === 1")
+    expect(rows).to_have_count(1)
     assert page.locator(".variant").count() == 2
     page.fill("#loadname", "tickets")
     page.fill("#loadpath", "/etc")
@@ -208,7 +210,7 @@ def test_adapters_are_loaded_and_unloaded(page) -> None:
     assert "outside the folders" in page.locator("#adapterproblem").inner_text()
     page.fill("#loadpath", "")
     page.get_by_role("button", name="Load", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('#adapterlist tbody tr').length === 2")
+    expect(rows).to_have_count(2)
     assert page.locator("#adapterproblem").is_hidden()
     page.wrong[:] = [text for text in page.wrong if "status of 403" not in text]
 
