@@ -59,7 +59,9 @@ def _on_terminal(arguments: list[str], wait_for: str, number: signal.Signals) ->
         os.close(ours)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopping_leaves_a_usable_checkpoint_and_no_output(
     base: Path, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -76,7 +78,14 @@ def test_stopping_leaves_a_usable_checkpoint_and_no_output(
     assert any(bool(update.any()) for update in updates)
 
 
-@pytest.mark.parametrize("more", [(), ("--save-every", 1)], ids=["output", "checkpoint"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param((), id="output"),
+        # The same in one process: test_resume.py.
+        pytest.param(("--save-every", 1), marks=pytest.mark.slow, id="checkpoint"),
+    ],
+)
 def test_a_full_disk_is_one_line_and_leaves_no_output(
     base: Path, data: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:
