@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/redoc", "/openapi.json"})
 """What is the same for everybody and says nothing of adapters: no key is asked for."""
+PAGE_FILES = "/page/"
+"""The same of the page's own style and scripts."""
 
 
 def require_scope(role: Role) -> Callable[[], Awaitable[None]]:
@@ -107,7 +109,8 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._keys is not None and scope["path"] in PUBLIC_PATHS:
+        path = scope["path"]
+        if self._keys is not None and (path in PUBLIC_PATHS or path.startswith(PAGE_FILES)):
             await self._inside(NOBODY, scope, receive, send)
             return
         caller: Caller | None = Caller(scope["client"][0] if scope.get("client") else "")
