@@ -51,19 +51,36 @@ def own(job: dict[str, Any]) -> dict[str, float]:
     return {"seconds": result.metrics["seconds"], "peak": peak_bytes()}
 
 
+def tokenized(job: dict[str, Any], files: list[str]) -> list[Any]:
+    """The rows of files, as qlora-serve trains on them."""
+    from qlora_serve.base.source import locate_base
+    from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
+    from qlora_serve.train.data import read_chats
+    from qlora_serve.train.masks import tokenize_row
+
+    tokenizer = load_tokenizer(locate_base(job["base"]))
+    stops = stop_token_ids(tokenizer)
+    chats = [chat for file in files for chat in read_chats(Path(file)).rows]
+    return [tokenize_row(tokenizer, c.messages, job["max_length"], stops) for c in chats]
+
+
+def ordered_rows(job: dict[str, Any]) -> list[Any]:
+    """The training rows in the order in which qlora-serve takes them without packing."""
+    from qlora_serve.train.batches import LengthGroupedSampler
+
+    rows = tokenized(job, job["data"])
+    lengths = [len(row.input_ids) for row in rows]
+    return [rows[i] for i in LengthGroupedSampler(lengths, job["micro_batch"], job["seed"], False)]
+
+
 def trl(job: dict[str, Any]) -> dict[str, float]:
-    """TRL's SFTTrainer with the same rows and settings."""
+    """TRL's SFTTrainer with the same rows, labels, order, first weights and settings."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
     from trl import SFTConfig, SFTTrainer
 
-    rows = []
-    for file in job["data"]:
-        for line in Path(file).read_text().splitlines():
-            messages = json.loads(line)["messages"]
-            rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
     quantization = None
     if job["nf4"]:
         quantization = BitsAndBytesConfig(
@@ -75,6 +92,17 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(
         job["base"], dtype=torch.float32, quantization_config=quantization
     )
+    rows = [
+        {
+            "input_ids": row.input_ids,
+            "labels": [
+                token if trained else -100
+                for token, trained in zip(row.input_ids, row.trained, strict=True)
+            ],
+        }
+        for row in ordered_rows(job)
+    ]
+    set_seed(job["seed"])  # PEFT draws the adapter's first weights right after it in both runs
     trainer = SFTTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(job["base"]),
@@ -90,7 +118,7 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
             lr_scheduler_type="linear",
             max_length=job["max_length"],
             packing=job["packing"],
-            completion_only_loss=True,
+            train_sampling_strategy="sequential",
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
@@ -117,20 +145,8 @@ def evaluate(job: dict[str, Any]) -> dict[str, float]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from qlora_serve.base.source import locate_base
-    from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
-    from qlora_serve.train.data import read_chats
-    from qlora_serve.train.masks import tokenize_row
-
-    tokenizer = load_tokenizer(locate_base(job["base"]))
-    stops = stop_token_ids(tokenizer)
-
-    def tokenized(files: list[str]) -> list[Any]:
-        chats = [chat for file in files for chat in read_chats(Path(file)).rows]
-        return [tokenize_row(tokenizer, c.messages, job["max_length"], stops) for c in chats]
-
-    found = {"tokens": float(sum(len(row.input_ids) for row in tokenized(job["data"])))}
-    rows = tokenized(job["heldout"])
+    found = {"tokens": float(sum(len(row.input_ids) for row in tokenized(job, job["data"])))}
+    rows = tokenized(job, job["heldout"])
     model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
     for number, path in enumerate(job["adapters"]):
         if number == 0:

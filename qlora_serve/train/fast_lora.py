@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from qlora_serve.train.matmul import linear, product
 
 Weight = Callable[[], Tensor]
 
@@ -119,8 +120,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Any, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        low = functional.linear(rows, down)  # [tokens, rank]
-        output = functional.linear(rows, weight(), bias)  # [tokens, out]
+        low = linear(rows, down)  # [tokens, rank]
+        output = linear(rows, weight(), bias)  # [tokens, out]
         output.addmm_(low, up.T, alpha=scaling)
         ctx.save_for_backward(rows, low, down, up)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
@@ -135,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
         up_gradient = (gradient.T @ low).mul_(ctx.scaling)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = gradient @ ctx.weight()  # [tokens, in]
+            x_gradient = product(gradient, ctx.weight())  # [tokens, in]
             x_gradient.addmm_(low_gradient, down)
             x_gradient = x_gradient.view(ctx.shape)
         return x_gradient, None, None, down_gradient, up_gradient, None

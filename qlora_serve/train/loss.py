@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from qlora_serve.train.dataset import IGNORED
+from qlora_serve.train.matmul import linear, product
 
 # Above this many rows the softmax is recomputed in the backward pass, a chunk at a time.
 _CHUNK_ROWS = 1024
@@ -173,7 +174,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None  # type: ignore[arg-type]
         for first in range(0, len(targets), rows):
             part, wanted = hidden[first : first + rows], targets[first : first + rows]
-            logits = form.apply(functional.linear(part, weight, bias))  # [rows, vocabulary]
+            logits = form.apply(linear(part, weight, bias))  # [rows, vocabulary]
             sums = torch.logsumexp(logits, dim=1, keepdim=True)
             total += (sums - logits.gather(1, wanted[:, None])).sum()
             if not any(needs):
@@ -184,9 +185,9 @@ class _HeadLoss(torch.autograd.Function):
             gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
             gradient = form.backward_(gradient, logits).to(weight.dtype)
             if hidden_gradient is not None:
-                torch.mm(gradient, weight, out=hidden_gradient[first : first + rows])
+                hidden_gradient[first : first + rows] = product(gradient, weight)
             if weight_gradient is not None:
-                weight_gradient += gradient.T @ part
+                weight_gradient += product(gradient.T, part)
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
