@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 from servers import HttpSystem, free_port, started_server
-from workload import RANK, BenchmarkError, Job, Prompts, adapter_names
+from workload import RANK, BenchmarkError, Job, Prompts, adapter_names, adapter_number
 
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.identity import content_identity
@@ -34,9 +34,14 @@ class LlamaCpp(HttpSystem):
 
     def body(self, job: Job) -> dict[str, Any]:
         """OpenAI's body with llama.cpp's own fields."""
-        chosen = [] if job.adapter is None else [int(job.adapter.rpartition("-")[2])]
-        adapters = [{"id": number, "scale": 1.0} for number in chosen]
-        return super().body(job) | {"lora": adapters, "cache_prompt": False}
+        # An empty list would mean every adapter of the command line at once; those that a list does
+        # not name are off.
+        number, scale = (0, 0.0) if job.adapter is None else (adapter_number(job.adapter), 1.0)
+        adapters = [{"id": number, "scale": scale}]
+        return super().body(job) | {
+            "lora": adapters if self.has(adapter_names(1)) else [],
+            "cache_prompt": False,
+        }
 
 
 @contextmanager

@@ -144,6 +144,11 @@ def adapter_names(count: int) -> list[str]:
     return [f"adapter-{number}" for number in range(count)]
 
 
+def adapter_number(name: str) -> int:
+    """The place of a name in `adapter_names`."""
+    return int(name.rpartition("-")[2])
+
+
 def write_adapters(model: Any, folder: Path, count: int, rank: int = RANK) -> None:
     """Writes random adapters on all linear layers by PEFT; those that are there already stay.
 
@@ -165,7 +170,7 @@ def write_adapters(model: Any, folder: Path, count: int, rank: int = RANK) -> No
     peft_model = get_peft_model(model, settings)
     weights = [weight for name, weight in peft_model.named_parameters() if "lora_" in name]
     for name in missing:
-        generator = torch.Generator().manual_seed(int(name.rpartition("-")[2]))
+        generator = torch.Generator().manual_seed(adapter_number(name))
         with torch.no_grad():
             for weight in weights:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.01)

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 from load_client import Response, parse
-from peers import connect_peer, find_llama_server, find_vllm
+from peers import LlamaCpp, connect_peer, find_llama_server, find_vllm
 from safetensors.torch import load_file
 from scenarios import ZIPF_CLIENTS, ZIPF_REQUESTS, longest_wait, zipf_draws, zipf_plan
 from serve import _parser, _plan
 from systems import find_binaries
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM
-from workload import BenchmarkError, write_many_adapters
+from workload import BenchmarkError, Job, adapter_names, write_many_adapters
 
 
 class OneWord:
@@ -121,3 +121,15 @@ def test_a_named_binary_must_be_there(tmp_path: Path) -> None:
 def test_a_mistake_is_known_before_anything_is_loaded(arguments: list[str], message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
         _plan(_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "lora"),
+    [(None, [{"id": 0, "scale": 0.0}]), ("adapter-3", [{"id": 3, "scale": 1.0}])],
+)
+def test_llama_cpp_never_gets_an_empty_list_of_adapters(
+    adapter: str | None, lora: list[dict[str, float]]
+) -> None:
+    """It would apply all of them: the base would be slow, and another model."""
+    system = LlamaCpp("llama.cpp", "http://127.0.0.1:1/v1", "base", adapter_names(8))
+    assert system.body(Job("word", adapter, 1))["lora"] == lora
