@@ -5,6 +5,7 @@ tokenizer trained in the test, and a ChatML template, so that every path (masks,
 runs as it does on a real checkpoint.
 """
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -72,8 +73,13 @@ _CORPUS = [
 ]
 
 
-@cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A copy for each caller, since some change its template."""
+    return copy.deepcopy(_tiny_tokenizer())
+
+
+@cache
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -244,10 +244,12 @@ constexpr int kPanelRows = 3;
 constexpr int kPanelRows = 2;
 #endif
 
-// With FETCH, asks for the panel `next` on the way: the memory works while the sums are computed.
+// With FETCH, asks for the panel `next` on the way: the memory works while the sums are computed. Rows of x
+// are `stride` apart, of which `in` are multiplied; `more` adds to what y holds.
 template <int ROWS, bool FETCH>
-inline void panel_rows(const float* x, int64_t in, const float* panel, const float* next,
-                       const float* bias, float* y, int64_t out, int64_t width) {
+inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel,
+                       const float* next, const float* bias, bool more, float* y, int64_t out,
+                       int64_t width) {
   Vector sums[ROWS][2] = {};
   for (int64_t i = 0; i < in; ++i) {
     const float* weights = panel + i * kPanel;
@@ -257,20 +259,28 @@ inline void panel_rows(const float* x, int64_t in, const float* panel, const flo
       __builtin_prefetch(next + i * kPanel + kWidth, 0, 2);
     }
     for (int r = 0; r < ROWS; ++r) {
-      sums[r][0] += left * x[r * in + i];
-      sums[r][1] += right * x[r * in + i];
+      sums[r][0] += left * x[r * stride + i];
+      sums[r][1] += right * x[r * stride + i];
     }
   }
   for (int r = 0; r < ROWS; ++r, y += out) {
     float whole[kPanel];
-    float* to = width == kPanel ? y : whole;
-    store(to, sums[r][0]);
-    store(to + kWidth, sums[r][1]);
-    if (to == whole) std::memcpy(y, whole, width * sizeof(float));
+    if (width == kPanel) {
+      store(y, more ? load(y) + sums[r][0] : sums[r][0]);
+      store(y + kWidth, more ? load(y + kWidth) + sums[r][1] : sums[r][1]);
+    } else {
+      store(whole, sums[r][0]);
+      store(whole + kWidth, sums[r][1]);
+      for (int64_t j = 0; j < width; ++j) y[j] = more ? y[j] + whole[j] : whole[j];
+    }
     if (bias)
       for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
   }
 }
+
+// Inputs whose products are added up before they join the sum so far. One sum over all inputs of a wide
+// layer would lose a digit.
+constexpr int64_t kSummed = 256;
 
 template <int ROWS>
 void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel,
@@ -278,8 +288,15 @@ void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
       return remaining_rows<ROWS - 1>(x, rows, in, panel, next, bias, y, out, width);
-    if (next) return panel_rows<ROWS, true>(x, in, panel, next, bias, y, out, width);
-    panel_rows<ROWS, false>(x, in, panel, next, bias, y, out, width);
+    for (int64_t i = 0; i < in; i += kSummed) {
+      const int64_t count = std::min(kSummed, in - i);
+      const float *own = panel + i * kPanel, *own_bias = i == 0 ? bias : nullptr;
+      if (next)
+        panel_rows<ROWS, true>(x + i, in, count, own, next + i * kPanel, own_bias, i > 0, y, out,
+                               width);
+      else
+        panel_rows<ROWS, false>(x + i, in, count, own, nullptr, own_bias, i > 0, y, out, width);
+    }
   }
 }
 
