@@ -171,6 +171,7 @@ def test_scales_repeats_and_choices_reach_the_server(page) -> None:
     assert "0.000 nats from the base" in page.locator(".answer").nth(0).inner_text()
     page.uncheck(".variant input[value=tagging]")
     page.click("#send")
+    page.wait_for_function("document.getElementById('problem').innerText !== ''")
     assert page.locator("#problem").inner_text() == "Choose at least one who answers."
 
 

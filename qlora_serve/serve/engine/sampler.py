@@ -240,8 +240,11 @@ def _keep_top_p(probabilities: Tensor, rows: Sequence[RowSampler]) -> None:
         return
     share = probabilities.new_tensor([[rows[n].sampling.top_p] for n in limited])
     ordered, order = probabilities[limited].sort(dim=-1, descending=True, stable=True)
-    # A token stays when the sum before it has not reached top_p: the first always stays.
-    ordered.masked_fill_(ordered.cumsum(dim=-1) - ordered >= share, 0.0)
+    # A token stays when the sum before it has not reached top_p. The first always stays, also where
+    # top_p is too small for float32.
+    is_out = ordered.cumsum(dim=-1) - ordered >= share
+    is_out[:, 0] = False
+    ordered.masked_fill_(is_out, 0.0)
     probabilities[limited] = torch.zeros_like(ordered).scatter(1, order, ordered)
 
 
