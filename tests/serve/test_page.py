@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from browser import browser, needs_chromium
+from playwright.sync_api import expect
 from server_process import running_server
 from tiny_models import write_random_adapter, write_tiny_model
 
@@ -170,9 +171,10 @@ def test_scales_repeats_and_choices_reach_the_server(page) -> None:
     assert page.locator(".answer h3").all_inner_texts() == ["tagging@0", "tagging@0 #2"]
     assert "0.000 nats from the base" in page.locator(".answer").nth(0).inner_text()
     page.uncheck(".variant input[value=tagging]")
+    with page.expect_response("**/v1/adapters"):
+        page.click("#refresh")
     page.click("#send")
-    page.wait_for_function("document.getElementById('problem').innerText !== ''")
-    assert page.locator("#problem").inner_text() == "Choose at least one who answers."
+    expect(page.locator("#problem")).to_have_text("Choose at least one who answers.")
 
 
 @needs_chromium
@@ -196,8 +198,6 @@ def test_a_refusal_is_readable(page) -> None:
 
 @needs_chromium
 def test_adapters_are_loaded_and_unloaded(page) -> None:
-    from playwright.sync_api import expect
-
     rows = page.locator("#adapterlist tbody tr")
     assert rows.count() == 2
     assert "ready" in rows.nth(0).inner_text()

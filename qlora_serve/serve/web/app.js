@@ -33,6 +33,7 @@ function say(message) {
 
 function showVariants(base, adapters) {
   const wanted = kept.read("variants", null);
+  const labels = [...document.querySelectorAll(".variant label")].map((one) => one.textContent);
   const names = ["base", ...adapters.filter((one) => one.state !== "failed").map((one) => one.id)];
   const rows = names.map((name) => {
     const row = make("div", "variant");
@@ -49,11 +50,19 @@ function showVariants(base, adapters) {
       scale.setAttribute("aria-label", `Scale of ${name}`);
       row.append(scale);
     }
-    box.addEventListener("change", () => row.classList.toggle("off", !box.checked));
+    row.addEventListener("change", () => {
+      row.classList.toggle("off", !box.checked);
+      keepVariants();
+    });
     row.classList.toggle("off", !box.checked);
     return row;
   });
-  at("variants").replaceChildren(...rows);
+  // What somebody is typing into stays where it is, unless the list has changed.
+  if (rows.map((row) => row.textContent).join("\n") !== labels.join("\n")) at("variants").replaceChildren(...rows);
+}
+
+function keepVariants() {
+  localStorage.setItem("variants", JSON.stringify(chosenVariants()));
 }
 
 function chosenVariants() {
@@ -67,7 +76,7 @@ function chosenVariants() {
 
 function bodyOf(prompt) {
   const chosen = chosenVariants();
-  localStorage.setItem("variants", JSON.stringify(chosen));
+  keepVariants();
   localStorage.setItem("settings", JSON.stringify(Object.fromEntries(FIELDS.map((id) => [id, at(id).value]))));
   const number = (id) => (at(id).value === "" ? {} : { [id]: Number(at(id).value) });
   const repeats = Number(at("repeats").value) || 1;
