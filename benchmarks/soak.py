@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import random
 import statistics
 import subprocess
@@ -104,8 +105,12 @@ def tiny_server(folder: Path) -> Iterator[Server]:
         "--adapter-memory", "120KB", "--adapters-poll", "0.5", "--max-sequences", "16",
         "--dtype", "float32",
     ]  # fmt: skip
+    # A tiny model gains nothing from a second thread, and the clients need a core as well.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as stderr:
-        process = subprocess.Popen(list(map(str, command)), stderr=stderr, cwd=ROOT)
+        process = subprocess.Popen(
+            list(map(str, command)), stderr=stderr, cwd=ROOT, env=environment
+        )
     try:
         url = _wait_until_listening(process, log)
         yield Server(url, psutil.Process(process.pid), key, log, folder)

@@ -103,3 +103,21 @@ class OverloadedError(QloraServeError):
 
 class RequestTimeoutError(QloraServeError):
     """A request waited or ran for longer than the server allows."""
+
+
+class FeedbackError(RequestError):
+    """Feedback that cannot be taken."""
+
+    def __init__(self, message: str, param: str | None = None, is_unknown: bool = False) -> None:
+        """
+        Args:
+            message: one line.
+            param: the field at fault.
+            is_unknown: whether there is no such answer.
+        """
+        self.is_unknown = is_unknown
+        super().__init__(message, param)
+
+
+class FeedbackUnavailableError(QloraServeError):
+    """The file with the feedback cannot be used now."""

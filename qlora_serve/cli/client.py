@@ -30,9 +30,17 @@ class Client:
         )
 
     def models(self) -> list[str]:
-        """The names that the server answers to, the base first."""
+        """The names that the server answers to: the base, adapters, experiments."""
+        return [card["id"] for card in self._cards()]
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters."""
+        return [card["id"] for card in self._cards()[1:] if not card.get("experiment")]
+
+    def _cards(self) -> list[dict[str, Any]]:
         response = self._send(self._http.build_request("GET", "/v1/models"))
-        return [card["id"] for card in response.json()["data"]]
+        cards: list[dict[str, Any]] = response.json()["data"]
+        return cards
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """One whole answer.

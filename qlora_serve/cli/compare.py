@@ -53,7 +53,7 @@ def compare(
 
     client = Client(url)
     names = [name.strip() for name in variants.split(",") if name.strip()]
-    names = names or ["base", *client.models()[1:]]
+    names = names or ["base", *client.adapters()]
     if len(set(names)) != len(names):
         raise ConfigError(f"--variants {variants}: a name is given twice")
     messages = [{"role": "user", "content": prompt}]

@@ -17,6 +17,7 @@ from qlora_serve.errors import QloraServeError, UsageError
 _COMMANDS = {
     "train": "Train a LoRA adapter on a base model.",
     "serve": "Serve one base model with many adapters.",
+    "feedback": "Results of experiments, and rows to train on.",
     "keys": "Make, list and revoke the keys of a server.",
     "plan": "What training and serving will need, before any weight is loaded.",
     "eval": "Compare base and adapters on held-out rows.",

@@ -14,6 +14,7 @@ _PANELS |= dict.fromkeys(
     "Many adapters",
 )
 _PANELS |= dict.fromkeys(("keys", "allow_unauthenticated", "cors_origins"), "Who may ask")
+_PANELS |= dict.fromkeys(("experiment", "feedback"), "Experiments and feedback")
 _PANELS |= dict.fromkeys(
     (
         "max_body_size",

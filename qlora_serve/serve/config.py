@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from qlora_serve.adapters.folder import named_paths
+from qlora_serve.serve.feedback.experiment import named_splits
 from qlora_serve.settings import Settings, parse_bytes
 
 
@@ -35,6 +36,15 @@ class ServeSettings(Settings):
     when it changes. Without one everybody who can reach the server may use and manage it."""
     allow_unauthenticated: bool = False
     """Without --keys, also listen where other machines can reach it."""
+    feedback: Path | None = Field(default=None, json_schema_extra={"metavar": "FILE"})
+    """An SQLite file, made when it is not there, for the answers of experiments and comparisons
+    with their votes and scores. Without one the latest are kept in memory, and experiments are
+    refused."""
+    experiment: dict[str, dict[str, float]] = Field(
+        default_factory=dict, json_schema_extra={"metavar": "NAME=VARIANT:SHARE,..."}
+    )
+    """A model name behind which several variants answer, each its share of the users; may be given
+    again. In YAML a mapping of names to mappings of variants to shares. Needs --feedback."""
     log_format: Literal["text", "json"] = "text"
     """How log lines look; json has one more for each request."""
 
@@ -109,6 +119,11 @@ class ServeSettings(Settings):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         return named_paths(value)
+
+    @field_validator("experiment", mode="before")
+    @classmethod
+    def _splits(cls, value: Any) -> Any:
+        return named_splits(value)
 
     @field_validator("pin", "adapter_root", mode="before")
     @classmethod

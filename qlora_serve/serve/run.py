@@ -16,6 +16,7 @@ from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.progress import console, progress
 from qlora_serve.serve.api.access import KeyRing
 from qlora_serve.serve.api.app import create_app
+from qlora_serve.serve.api.feedback_log import FeedbackLog
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
 from qlora_serve.serve.config import ServeSettings
@@ -24,6 +25,7 @@ from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
 from qlora_serve.serve.engine.watch import AdapterFolder
+from qlora_serve.serve.feedback.setup import begin_experiments, check_experiments
 from qlora_serve.serve.logs import set_up_logging
 from qlora_serve.settings import parse_bytes
 
@@ -63,8 +65,14 @@ def build_service(settings: ServeSettings) -> Service:
     An adapter that cannot be used is recorded with the reason, and the others are served.
     """
     keys = KeyRing(settings.keys) if settings.keys is not None else None
+    experiments = begin_experiments(settings.experiment, settings.feedback)
     source = locate_base(settings.base, trust_remote_code=settings.trust_remote_code)
-    _check_names(settings, {BASE_ALIAS, source.display_name, source.name})
+    taken = {BASE_ALIAS, source.display_name, source.name}
+    _check_names(settings, taken)
+    models = taken | _adapter_paths(settings).keys()
+    check_experiments(experiments, models, taken)
+    feedback = FeedbackLog(settings.feedback)
+    feedback.restore(experiments, models)
     # Config and headers are enough to find most faults, minutes before a large base is loaded.
     fit = FitChecker(source)
     if settings.strict:
@@ -88,13 +96,16 @@ def build_service(settings: ServeSettings) -> Service:
         )
     )
     registry = AdapterRegistry(runner, fit, memory, host_memory, settings.adapter_templates)
-    folder = _load_adapters(settings, registry, {BASE_ALIAS, source.display_name, source.name})
+    folder = _load_adapters(settings, registry, taken)
+    if folder is not None:
+        folder.also_reserved = lambda: tuple(feedback.experiments)
     engine = Engine(runner, limits, registry.residency)
     registry.residency.wake = engine.wake
     roots = tuple(root.resolve() for root in settings.adapter_root)
     return Service(
-        base, engine, registry, folder, roots, settings.adapters_poll, _api_limits(settings), keys
-    )
+        base, engine, registry, folder, roots, settings.adapters_poll, _api_limits(settings), keys,
+        feedback,
+    )  # fmt: skip
 
 
 def _check_names(settings: ServeSettings, taken: set[str]) -> None:
@@ -285,6 +296,9 @@ def _announce(service: Service, listener: socket.socket) -> None:
     failed = [entry for entry in service.adapters.entries() if entry.content is None]
     console.print(f"base: {service.base_name} ({service.base.quantization}, {service.base.dtype})")
     console.print(f"adapters: {names}", soft_wrap=True)
+    for experiment in service.feedback.experiments.values():
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in experiment.shares)
+        console.print(f"experiment {experiment.name}: {shares}", soft_wrap=True, markup=False)
     for entry in failed:
         console.print(f"failed: {entry.name}: {entry.reason}", soft_wrap=True, markup=False)
     if service.keys is not None:

@@ -184,6 +184,10 @@ def _load(service: Service, body: LoadBody) -> dict[str, Any]:
         if body.name in service.reserved_names:
             raise RequestError(f"{body.name!r} means the base; choose another name", param="name")
         _need_manageable(body.name)
+        if body.name in service.feedback.experiments:
+            raise RequestError(
+                f"{body.name!r} means an experiment; choose another name", param="name"
+            )
         path = allowed_path(service, body)
         service.adapters.load(body.name, path, body.pin)
     service.adapters.sweep()

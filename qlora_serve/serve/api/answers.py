@@ -201,7 +201,7 @@ class ResponseAnswer(BaseModel):
 
 
 class ModelCard(Answer):
-    """The base or an adapter."""
+    """The base, an adapter or an experiment."""
 
     id: str
     object: Literal["model"]
@@ -209,14 +209,113 @@ class ModelCard(Answer):
     owned_by: str
     root: str
     parent: str | None
-    """The base's name, for an adapter."""
+    """The base's name, for an adapter or an experiment."""
+    experiment: dict[str, float] | None
+    """The variants and their shares, for an experiment."""
 
 
 class ModelList(Answer):
-    """The base first, then every adapter."""
+    """The base first, then every adapter, then every experiment."""
 
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class IntervalAnswer(Answer):
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float | None
+    """None where there is too little to tell."""
+    high: float | None
+
+
+class DifferenceAnswer(Answer):
+    """This variant minus the first."""
+
+    up_rate: IntervalAnswer | None
+    mean_score: IntervalAnswer | None
+
+
+class ExperimentVariant(Answer):
+    """A variant and what came of it."""
+
+    name: str
+    share: float | None
+    """None for a variant that is no longer part of it."""
+    answers: int
+    users: int
+    """Those that were named."""
+    identities: list[str]
+    """Of the adapters' content: more than one where it was replaced meanwhile."""
+    up: int
+    down: int
+    up_rate: IntervalAnswer | None
+    """None without votes."""
+    scores: int
+    mean_score: IntervalAnswer | None
+    """None without scores."""
+    mean_tokens: float | None
+    mean_seconds: float | None
+    difference_from_first: DifferenceAnswer | None
+    """None for the first variant."""
+
+
+class ExperimentAnswer(Answer):
+    """An experiment with its results."""
+
+    id: str
+    object: Literal["experiment"]
+    state: Literal["running", "ended"]
+    confidence: float
+    """Of the intervals."""
+    variants: list[ExperimentVariant]
+
+
+class ExperimentCard(Answer):
+    """An experiment."""
+
+    id: str
+    object: Literal["experiment"]
+    state: Literal["running", "ended"]
+    variants: dict[str, float]
+    """Variants and shares; empty for one that has ended."""
+
+
+class ExperimentList(Answer):
+    """Those that run, then those that have ended and have answers."""
+
+    object: Literal["list"]
+    data: list[ExperimentCard]
+
+
+class FeedbackAnswer(Answer):
+    """What is known of an answer now."""
+
+    id: str
+    object: Literal["feedback"]
+    choice: int
+    vote: Literal["up", "down", "best"] | None
+    score: float | None
+
+
+class Standing(Answer):
+    """How often a variant was the best."""
+
+    variant: str
+    best: int
+    of: int
+    """Comparisons with a best answer in which it took part."""
+    rate: IntervalAnswer
+
+
+class StandingsAnswer(Answer):
+    """The best first."""
+
+    object: Literal["list"]
+    is_kept: bool
+    """False where all is forgotten when the server ends."""
+    data: list[Standing]
 
 
 class StatusAnswer(Answer):

@@ -17,6 +17,8 @@ from qlora_serve.serve.api import (
     compare,
     completions,
     errors,
+    experiments,
+    feedback,
     page,
     responses,
     tokens,
@@ -61,6 +63,8 @@ def create_app(service: Service) -> FastAPI:
         )
     errors.install(app)
     app.include_router(adapters.router)  # which says itself what is for admins
+    app.include_router(experiments.router)
+    app.include_router(feedback.router)
     app.include_router(page.router)  # which is the same for everybody
     for module in (chat, compare, completions, responses, tokens):
         app.include_router(module.router, dependencies=[Depends(require_scope("infer"))])
@@ -70,7 +74,9 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    def card(name: str, parent: str | None) -> ModelCard:
+    def card(
+        name: str, parent: str | None, experiment: dict[str, float] | None = None
+    ) -> ModelCard:
         return ModelCard(
             id=name,
             object="model",
@@ -78,19 +84,26 @@ def _add_models(app: FastAPI, service: Service) -> None:
             owned_by="qlora-serve",
             root=service.base_name,
             parent=parent,
+            experiment=experiment,
         )
 
-    @app.get("/v1/models", tags=["models"], summary="The base and every adapter")
+    @app.get("/v1/models", tags=["models"], summary="The base, every adapter and every experiment")
     async def models() -> ModelList:
-        """Lists the base first; an adapter's `parent` is the base."""
+        """The base first, then adapters and experiments, whose `parent` is the base."""
         cards = [card(service.base_name, None)] if current_caller().may_use_base else []
         usable = [entry.name for entry in service.entries() if entry.content is not None]
         cards += [card(name, service.base_name) for name in usable]
+        cards += [
+            card(one.name, service.base_name, dict(one.shares)) for one in service.experiments()
+        ]
         return ModelList(object="list", data=cards)
 
     @app.get("/v1/models/{name:path}", tags=["models"], summary="One model")
     async def model(name: str) -> ModelCard:
-        """The base or one adapter; 404 lists the known names."""
+        """The base, an adapter or an experiment; 404 lists the known names."""
+        experiment = service.experiment(name)
+        if experiment is not None:
+            return card(name, service.base_name, dict(experiment.shares))
         adapter = service.choose(name, None)
         return card(adapter.name if adapter else service.base_name,
                     service.base_name if adapter else None)  # fmt: skip

@@ -22,7 +22,8 @@ from qlora_serve.serve.api.generation import (
 from qlora_serve.serve.api.logprobs import chat_logprobs
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.api.tool_format import ToolFormat
-from qlora_serve.serve.api.tool_parser import ToolParser, piece_delta, whole_calls
+from qlora_serve.serve.api.tool_parser import ToolParser, assistant_message, piece_delta
+from qlora_serve.serve.api.trial import Recorder, choose, describe_chat
 from qlora_serve.serve.engine.request import Delta, Finished, GenerationRequest, Usage
 
 router = APIRouter()
@@ -38,16 +39,20 @@ router = APIRouter()
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answers with the base, or with the adapter that `adapter` or `model` names."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
+    adapter, trial = choose(service, body)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     requests, form = await prepare_chat(service, body, answer_id, adapter)
     name = adapter.name if adapter else service.base_name
     answer = _Answer(service, body, requests, answer_id, name)
     if form is not None:
         answer.read_calls(form)
+    recorder = None
+    if trial is not None:
+        describe = describe_chat(body, form)
+        recorder = Recorder(service, trial, answer_id, requests, describe)
     if body.stream:
-        return await answer_stream(service, requests, answer)
-    return await answer_whole(request, service, requests, answer.whole)
+        return await answer_stream(service, requests, answer, recorder)
+    return await answer_whole(request, service, requests, answer.whole, recorder)
 
 
 class _Answer(StreamWriter):
@@ -94,14 +99,7 @@ class _Answer(StreamWriter):
         }
 
     def _message(self, index: int, text: str) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self._parsers:
-            parser = self._parsers[index]
-            content, calls = whole_calls([*parser.feed(text), *parser.finish()])
-            message["content"] = content or (None if calls else "")
-            if calls:
-                message["tool_calls"] = calls
-        return message
+        return assistant_message(text, self._parsers[index] if self._parsers else None)
 
     def _reason(self, index: int, ending: Finished) -> str:
         has_called = bool(self._parsers) and self._parsers[index].calls > 0

@@ -59,8 +59,9 @@ async def _prepare(service: Service, body: CompareRequest) -> Comparison:
         adapter = service.choose(chat.model, chat.wanted_adapter, chat.adapter_scale)
         requests, _ = await prepare_chat(service, chat, f"{answer_id}-{number}", adapter)
         texts = service.texts_of(adapter)
+        asked = {"messages": [message.as_template_input() for message in chat.messages]}
         contenders += [
-            Contender(len(contenders) + repeat, variant.label, repeat, one, texts)
+            Contender(len(contenders) + repeat, variant.label, repeat, one, texts, prompt=asked)
             for repeat, one in enumerate(requests)
         ]
     return Comparison(service, answer_id, contenders, body.divergence)

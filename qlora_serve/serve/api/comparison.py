@@ -13,6 +13,7 @@ from qlora_serve.serve.api.generation import Gathered, total_usage, usage_body
 from qlora_serve.serve.api.logprobs import named_logprob
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.api.token_text import TokenTexts
+from qlora_serve.serve.api.trial import answered, key_id
 from qlora_serve.serve.engine.request import (
     Event,
     Failed,
@@ -47,6 +48,8 @@ class Contender:
     """Filled when the answer was compared with the base's distribution."""
     score_error: str | None = None
     """Why it was not, where it should have been."""
+    prompt: dict[str, Any] = field(default_factory=dict)
+    """What it was asked, as feedback keeps it."""
 
     @property
     def tag(self) -> dict[str, Any]:
@@ -122,6 +125,7 @@ class Comparison:
         self.contenders = contenders
         self._service = service
         self._diverges = diverges
+        self._key = key_id()
         self._tasks: list[asyncio.Task[None]] = []
 
     def names(self, adapter: AdapterSelection | None) -> str:
@@ -176,6 +180,7 @@ class Comparison:
                         happened.put_nowait(told)
                     if not isinstance(event, Finished | Failed):
                         continue
+                    self._keep(self.contenders[number])
                     self._tasks.append(asyncio.create_task(score(self.contenders[number])))
             except QloraServeError as error:
                 happened.put_nowait(error)
@@ -195,6 +200,18 @@ class Comparison:
                 missing -= 1
             else:
                 yield told
+
+    def _keep(self, one: Contender) -> None:
+        """Keeps a finished answer, so that it can be voted for."""
+        ending = one.gathered.ending
+        if isinstance(ending, Finished):
+            answer = {"role": "assistant", "content": one.gathered.text}
+            kept = answered(
+                one.request, ending, one.seconds or 0.0, kind="comparison", source=self.id,
+                variant=one.variant, key=self._key, user=None, prompt=one.prompt, answer=answer,
+                id=one.request.request_id, choice=0,
+            )  # fmt: skip
+            self._service.feedback.record([kept])
 
     def _generated(self, one: Contender, event: Event, began: float) -> list[dict[str, Any]]:
         now = time.perf_counter() - began

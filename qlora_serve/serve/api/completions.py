@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -24,6 +25,7 @@ from qlora_serve.serve.api.logprobs import completion_logprobs
 from qlora_serve.serve.api.service import Service, own_tokens
 from qlora_serve.serve.api.structured import structured_guide
 from qlora_serve.serve.api.token_text import TokenTexts
+from qlora_serve.serve.api.trial import Described, Recorder, choose
 from qlora_serve.serve.engine.guide import Guide
 from qlora_serve.serve.engine.request import Delta, Finished, GenerationRequest, Usage
 from qlora_serve.serve.engine.slots import AdapterSelection
@@ -36,7 +38,7 @@ router = APIRouter()
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continues texts or tokens with the base, or with the adapter that is named."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
+    adapter, trial = choose(service, body)
     each = max(body.n, body.best_of or 1)
     check_caps(service, body, len(body.prompts), each)
     prompts = [await _tokens(service, prompt, adapter) for prompt in body.prompts]
@@ -51,13 +53,18 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         tokens=own_tokens(adapter),
         guide=await _guide(service, body, adapter),
     )
-    echoes = [await _echo(service, body, n, adapter) for n in range(len(prompts))]
+    echoes = [await _text(service, p, adapter) if body.echo else "" for p in body.prompts]
     name = adapter.name if adapter else service.base_name
     answer = _Answer(service.texts_of(adapter), body, answer_id, name)
     answer.requests, answer.echoes = requests, echoes
+    recorder = None
+    if trial is not None:
+        texts = [await _text(service, prompt, adapter) for prompt in body.prompts]
+        describe = partial(answer.described, texts)
+        recorder = Recorder(service, trial, answer_id, requests, describe)
     if body.stream:
-        return await answer_stream(service, requests, answer)
-    return await answer_whole(request, service, requests, answer.whole)
+        return await answer_stream(service, requests, answer, recorder)
+    return await answer_whole(request, service, requests, answer.whole, recorder)
 
 
 async def _guide(
@@ -77,12 +84,7 @@ async def _tokens(
     return tuple(prompt)
 
 
-async def _echo(
-    service: Service, body: CompletionRequest, number: int, adapter: AdapterSelection | None
-) -> str:
-    prompt = body.prompts[number]
-    if not body.echo:
-        return ""
+async def _text(service: Service, prompt: str | list[int], adapter: AdapterSelection | None) -> str:
     return prompt if isinstance(prompt, str) else await service.detokenize(prompt, adapter)
 
 
@@ -103,27 +105,38 @@ class _Answer(StreamWriter):
 
     def whole(self, gathered: list[Gathered]) -> dict[str, Any]:
         """A `text_completion`."""
-        each = len(gathered) // len(self.echoes)
         choices: list[dict[str, Any]] = []
-        for number, echo in enumerate(self.echoes):
-            group = gathered[number * each : (number + 1) * each]
-            if each > self._body.n:
-                group = sorted(group, key=_mean_logprob, reverse=True)[: self._body.n]
-            for one in group:
-                assert isinstance(one.ending, Finished)
-                logprobs = None
-                if self._body.logprobs is not None:
-                    logprobs = completion_logprobs(self._texts, one.logprobs, one.offsets)
-                choices.append(
-                    {
-                        "index": len(choices),
-                        "text": echo + one.text,
-                        "logprobs": logprobs,
-                        "finish_reason": one.ending.reason,
-                    }
-                )
+        for prompt, number in self._kept(gathered):
+            one = gathered[number]
+            assert isinstance(one.ending, Finished)
+            logprobs = None
+            if self._body.logprobs is not None:
+                logprobs = completion_logprobs(self._texts, one.logprobs, one.offsets)
+            choices.append(
+                {
+                    "index": len(choices),
+                    "text": self.echoes[prompt] + one.text,
+                    "logprobs": logprobs,
+                    "finish_reason": one.ending.reason,
+                }
+            )
         usage = total_usage(self.requests, [one.ending for one in gathered])
         return {**self._common, "choices": choices, "usage": usage_body(usage)}
+
+    def _kept(self, gathered: list[Gathered]) -> Iterable[tuple[int, int]]:
+        """The prompt's and the request's number of each choice: of `best_of` only the best."""
+        each = len(gathered) // len(self.echoes)
+        for prompt in range(len(self.echoes)):
+            numbers = list(range(prompt * each, (prompt + 1) * each))
+            if each > self._body.n:
+                numbers.sort(key=lambda number: _mean_logprob(gathered[number]), reverse=True)
+            for number in numbers[: self._body.n]:
+                yield prompt, number
+
+    def described(self, prompts: list[str], gathered: list[Gathered]) -> Iterable[Described]:
+        """How the choices are kept for feedback."""
+        for prompt, number in self._kept(gathered):
+            yield {"text": prompts[prompt]}, {"text": gathered[number].text}, number
 
     def head(self) -> Iterable[str]:
         """With `echo`, a chunk with the prompt for each choice."""

@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 from qlora_serve.errors import (
     AdapterError,
     EngineStoppedError,
+    FeedbackError,
+    FeedbackUnavailableError,
     ForbiddenError,
     ForbiddenPathError,
     OverloadedError,
@@ -90,11 +92,13 @@ async def _domain(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, AdapterError):
         # Not a 5xx: asking again does not mend it.
         return JSONResponse(error_body(str(error), "adapter_error", "adapter", _UNUSABLE), 422)
-    if isinstance(error, EngineStoppedError):
+    if isinstance(error, EngineStoppedError | FeedbackUnavailableError):
         return JSONResponse(error_body(str(error), "server_error"), 503)
     if isinstance(error, OverloadedError | RequestTimeoutError):
         body = error_body(str(error), "server_error", code="overloaded")
         return JSONResponse(body, 503, {"retry-after": _RETRY_SECONDS})
+    if isinstance(error, FeedbackError) and error.is_unknown:
+        return JSONResponse(error_body(str(error), "not_found_error", error.param), 404)
     if isinstance(error, RequestError):
         return JSONResponse(error_body(str(error), param=error.param), 400)
     log.error("unexpected domain error", exc_info=error)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -132,31 +132,47 @@ class Gathered:
         self.logprobs += event.logprobs
 
 
+class Watcher(Protocol):
+    """Somebody who follows an answer without changing it, such as `trial.Recorder`."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer's head shall say."""
+
+    def event(self, number: int, event: Event) -> None:
+        """What happened to request `number`."""
+
+
 async def answer_whole(
     request: Request,
     service: Service,
     requests: Sequence[GenerationRequest],
     write: Callable[[list[Gathered]], dict[str, Any]],
+    watcher: Watcher | None = None,
 ) -> Response:
     """Runs the requests and answers with one JSON object.
 
     If the client goes away first, they are aborted.
     """
     async with service.generate_all(requests) as events:
-        gathered = await until_gone(request, _gather(events, len(requests)))
+        gathered = await until_gone(request, _gather(events, len(requests), watcher))
     if gathered is None:
         return Response(status_code=499)  # the client has gone; nobody reads this
     for one in gathered:
         if isinstance(one.ending, Failed):
             status = 500 if service.engine.is_alive else 503
             return JSONResponse(error_body(one.ending.message, "server_error"), status)
-    return JSONResponse(write(gathered))
+    return JSONResponse(write(gathered), headers=watcher.headers if watcher else None)
 
 
-async def _gather(events: AsyncIterator[tuple[int, Event]], count: int) -> list[Gathered]:
+async def _gather(
+    events: AsyncIterator[tuple[int, Event]], count: int, watcher: Watcher | None
+) -> list[Gathered]:
     gathered = [Gathered() for _ in range(count)]
     async for number, event in events:
         gathered[number].add(event)
+        if watcher is not None:
+            watcher.event(number, event)
         if isinstance(event, Failed):
             break  # leaving aborts the others
     return gathered
@@ -200,7 +216,10 @@ class StreamWriter:
 
 
 async def answer_stream(
-    service: Service, requests: Sequence[GenerationRequest], writer: StreamWriter
+    service: Service,
+    requests: Sequence[GenerationRequest],
+    writer: StreamWriter,
+    watcher: Watcher | None = None,
 ) -> Response:
     """Runs the requests and answers with server-sent events.
 
@@ -216,6 +235,8 @@ async def answer_stream(
             for item in writer.head():
                 yield item
             async for number, event in events:
+                if watcher is not None:
+                    watcher.event(number, event)
                 if isinstance(event, Failed):
                     for item in writer.failed(event):
                         yield item
@@ -234,7 +255,8 @@ async def answer_stream(
         finally:
             await running.__aexit__(None, None, None)
 
-    return EventSourceResponse(written(), sep="\n")
+    headers = watcher.headers if watcher is not None else None
+    return EventSourceResponse(written(), headers=headers, sep="\n")
 
 
 def total_usage(

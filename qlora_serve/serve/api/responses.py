@@ -20,6 +20,7 @@ from qlora_serve.serve.api.responses_items import OutputItems
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.api.tool_format import ToolFormat
 from qlora_serve.serve.api.tool_parser import Piece, ToolParser
+from qlora_serve.serve.api.trial import Recorder, choose, describe_chat
 from qlora_serve.serve.engine.request import Delta, Failed, Finished, Usage
 
 router = APIRouter()
@@ -30,13 +31,17 @@ router = APIRouter()
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Responds with text or function calls. Nothing is stored: ids cannot be referred to later."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, body.wanted_adapter, body.adapter_scale)
+    adapter, trial = choose(service, body)
     answer_id = f"resp_{uuid.uuid4().hex}"
-    requests, form = await prepare_chat(service, body.as_chat(), answer_id, adapter)
+    chat = body.as_chat()
+    requests, form = await prepare_chat(service, chat, answer_id, adapter)
     answer = _Answer(body, answer_id, adapter.name if adapter else service.base_name, form)
+    recorder = None
+    if trial is not None:
+        recorder = Recorder(service, trial, answer_id, requests, describe_chat(chat, form))
     if body.stream:
-        return await answer_stream(service, requests, answer)
-    return await answer_whole(request, service, requests, answer.whole)
+        return await answer_stream(service, requests, answer, recorder)
+    return await answer_whole(request, service, requests, answer.whole, recorder)
 
 
 class _Answer(StreamWriter):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from qlora_serve.serve.api.chat_body import CalledFunction, ChatRequest
-from qlora_serve.serve.api.schemas import AskingBody, Body, StreamOptions, refused
+from qlora_serve.serve.api.schemas import Body, StreamOptions, UserBody, refused
 
 
 class InputText(Body):
@@ -129,7 +129,7 @@ class TextOptions(Body):
     """Free text when left out."""
 
 
-class ResponsesRequest(AskingBody):
+class ResponsesRequest(UserBody):
     """`POST /v1/responses`."""
 
     model_config = ConfigDict(
@@ -145,7 +145,7 @@ class ResponsesRequest(AskingBody):
         },
     )
     # Metadata is given back with the answer.
-    labels: ClassVar[frozenset[str]] = AskingBody.labels - {"metadata"}
+    labels: ClassVar[frozenset[str]] = UserBody.labels - {"metadata"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "store": (False,),
         "background": (False,),

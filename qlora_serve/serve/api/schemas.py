@@ -118,7 +118,16 @@ class AskingBody(Body):
         return self.adapter
 
 
-class SamplingBody(AskingBody):
+class UserBody(AskingBody):
+    """What every body can say that one model answers: for whom."""
+
+    labels = LABELS - {"user"}
+
+    user: str | None = None
+    """Whom it is for: an experiment answers the same user with the same variant."""
+
+
+class SamplingBody(UserBody):
     """How an answer is chosen, for chats and completions alike."""
 
     max_tokens: int | None = Field(default=None, ge=1)

@@ -16,6 +16,7 @@ from qlora_serve.base.tokenizer import encode_text, render_chat
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
 from qlora_serve.serve.api.access import KeyRing
 from qlora_serve.serve.api.caller import current_caller
+from qlora_serve.serve.api.feedback_log import FeedbackLog
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.metrics import Metrics
 from qlora_serve.serve.api.structured import GuideStore
@@ -26,6 +27,7 @@ from qlora_serve.serve.engine.registry import AdapterRegistry, Registered
 from qlora_serve.serve.engine.request import Delta, Event, GenerationRequest
 from qlora_serve.serve.engine.slots import AdapterSelection
 from qlora_serve.serve.engine.watch import AdapterFolder
+from qlora_serve.serve.feedback.experiment import Experiment
 
 BASE_ALIAS = "base"
 Wanted = str | Sequence[tuple[str, float]]
@@ -49,6 +51,8 @@ class Service:
     limits: ApiLimits = field(default_factory=ApiLimits)
     keys: KeyRing | None = None
     """Whose requests are answered; None for everybody's."""
+    feedback: FeedbackLog = field(default_factory=FeedbackLog)
+    """Experiments, votes and scores."""
     started: int = field(default_factory=lambda: int(time.time()))
     # One thread: templates and tokenization stay off the event loop, and a fast tokenizer is not
     # meant to be used from several threads at once.
@@ -111,6 +115,13 @@ class Service:
 
     def _select(self, wanted: Sequence[tuple[str, float | None]]) -> AdapterSelection:
         self.need_visible(*(name for name, _ in wanted))
+        for name, _ in wanted:
+            if self.experiment(name) is not None:
+                raise RequestError(
+                    f"{name!r} is an experiment, which answers chats, completions and responses "
+                    "that name it as model, without adapter and adapter_scale",
+                    param="model",
+                )
         try:
             return self.adapters.select(wanted)
         except UnknownAdapterError as error:
@@ -129,7 +140,28 @@ class Service:
     def unknown(self, name: str) -> UnknownAdapterError:
         """That there is no such name, with those that the caller may use."""
         base = [self.base_name] if current_caller().may_use_base else []
-        return UnknownAdapterError(name, base + [entry.name for entry in self.entries()])
+        known = [entry.name for entry in self.entries()]
+        return UnknownAdapterError(name, base + known + [one.name for one in self.experiments()])
+
+    def sees(self, model: str) -> bool:
+        """Whether a model of this name may be used by the caller; the base under any of its."""
+        caller = current_caller()
+        return caller.may_use_base if self._is_base(model) else caller.allows(model)
+
+    def experiment(self, name: str) -> Experiment | None:
+        """The running experiment of this name, if it exists for the caller: it may use the name
+        and all who answer."""
+        found = self.feedback.experiments.get(name)
+        return found if found is not None and self.sees_experiment(name, found.models) else None
+
+    def sees_experiment(self, name: str, models: Iterable[str]) -> bool:
+        """Whether an experiment exists for the caller."""
+        return current_caller().allows(name) and all(map(self.sees, models))
+
+    def experiments(self) -> list[Experiment]:
+        """The running experiments that exist for the caller, sorted."""
+        names = sorted(self.feedback.experiments)
+        return [found for name in names if (found := self.experiment(name)) is not None]
 
     def entries(self) -> list[Registered]:
         """The adapters that exist for the caller, sorted."""
@@ -337,6 +369,7 @@ class Service:
             self.folder.stop()
         self.engine.stop()
         self.adapters.close()
+        self.feedback.close()
         self.guides.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 

@@ -5,10 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field, model_validator
 
+from qlora_serve.errors import RequestError
 from qlora_serve.serve.api.chat_body import ChatMessage, Tool
 from qlora_serve.serve.api.schemas import Body, refused
 from qlora_serve.serve.api.service import Service, own_tokens
 from qlora_serve.serve.api.tool_format import need_tool_format
+from qlora_serve.serve.engine.slots import AdapterSelection
 
 router = APIRouter(tags=["tokens"])
 
@@ -78,8 +80,7 @@ class DetokenizeAnswer(Body):
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
     """Tokens as the same text, or the same chat, would have them in a prompt."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, None)
-    own = own_tokens(adapter)
+    own = own_tokens(_chosen(service, body.model))
     tokenizer = (own or service.base).tokenizer
     if body.messages is not None:
         service.limits.check(len(body.messages), service.limits.messages, "messages", "messages")
@@ -108,5 +109,20 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeAnswer:
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeAnswer:
     """The text of tokens, special ones included."""
     service: Service = request.app.state.service
-    adapter = service.choose(body.model, None)
+    adapter = _chosen(service, body.model)
     return DetokenizeAnswer(prompt=await service.detokenize(body.tokens, adapter))
+
+
+def _chosen(service: Service, model: str | None) -> AdapterSelection | None:
+    """Whose tokens are meant; an experiment has the base's, unless its variants disagree."""
+    experiment = None if model is None else service.experiment(model)
+    if experiment is None:
+        return service.choose(model, None)
+    for name in experiment.models:
+        if own_tokens(service.choose(name, None)) is not None:
+            raise RequestError(
+                f"{model!r} is an experiment, and its variant {name!r} has a tokenizer of its own; "
+                "name a variant",
+                param="model",
+            )
+    return None

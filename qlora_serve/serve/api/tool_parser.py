@@ -266,6 +266,17 @@ def whole_calls(pieces: Iterable[Piece]) -> tuple[str, list[dict[str, Any]]]:
     return text, list(calls.values())
 
 
+def assistant_message(text: str, parser: ToolParser | None) -> dict[str, Any]:
+    """The assistant's turn of a whole answer, with its calls if a parser finds some."""
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if parser is not None:
+        content, calls = whole_calls([*parser.feed(text), *parser.finish()])
+        message["content"] = content or (None if calls else "")
+        if calls:
+            message["tool_calls"] = calls
+    return message
+
+
 def piece_delta(piece: Piece) -> dict[str, Any]:
     """The `delta` of a streamed chunk."""
     if isinstance(piece, str):

@@ -28,6 +28,8 @@ class AdapterFolder:
         self.path = path
         self._registry = registry
         self._reserved = frozenset(reserved)
+        self.also_reserved: Callable[[], Collection[str]] = tuple
+        """Further names that belong to others, at this moment."""
         self._seen: dict[str, tuple[Path, Signature | None]] = {}
         self._said: set[str] = set()
         self._end = threading.Event()
@@ -53,10 +55,11 @@ class AdapterFolder:
         found = {name: entry.path for name, entry in scan.entries.items()}
         for problem in scan.refused.values():
             self._say(f"in {self.path}: {problem}")
-        for name in sorted(found.keys() & self._reserved):
+        reserved = self._reserved.union(self.also_reserved())
+        for name in sorted(found.keys() & reserved):
             self._say(f"{found[name]} is not served: its name {name!r} is taken")
         # Of a managed adapter the path is its content's, so that a replacement is another path.
-        signatures = {n: (p, signature(p)) for n, p in found.items() if n not in self._reserved}
+        signatures = {n: (p, signature(p)) for n, p in found.items() if n not in reserved}
         gone = [name for name in self._seen if name not in signatures]
         for name in gone:
             self._remove(name)
