@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GenerationConfig,
     LlamaConfig,
@@ -59,6 +60,13 @@ CONFIGS: dict[str, Any] = {
     "gemma": lambda: GemmaConfig(**_COMMON, head_dim=16),
     "gemma2": lambda: Gemma2Config(
         **_COMMON, head_dim=16, sliding_window=24, query_pre_attn_scalar=16
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_COMMON,
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        sliding_window_pattern=2,
     ),
     "phi": lambda: PhiConfig(**_COMMON, partial_rotary_factor=0.5),
     "phi3": lambda: Phi3Config(**_COMMON),

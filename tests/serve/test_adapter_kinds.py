@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from gptq_models import write_autogptq_model, write_dequantized, write_gptq_model
+from int8_rows import row_by_row
 from mixed_batch import check_against_peft, give_blocks, load_residents, mixed_rows, new_sequence
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,7 @@ def test_every_kind_matches_peft(family: str, tmp_path: Path) -> None:
 def _quantized_reference(quantization: str, dtype: str):
     def load(base: Path, adapter: Path | None):
         model = load_base(str(base), quantization=quantization, dtype=dtype).model
+        row_by_row(model)  # of int8
         return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
     return load
@@ -82,13 +84,13 @@ def _quantized_reference(quantization: str, dtype: str):
 
 # The engine's sums are in another order than PEFT's, so that results differ by about 1e-7 of
 # their size. NF4 keeps that so: its weights are fixed and inputs stay float32. int8 rounds its
-# inputs to 255 steps, and a value on the edge between two steps falls to the other side; changing
-# the embeddings by 1e-6 of their size moves the logits of the plain transformers model by up to
-# 0.1 as well. bfloat16 has 8 bits: logits of magnitude 4 are 0.03 apart, after three layers.
+# inputs to 255 steps, and a value on the edge between two steps falls to the other side now and
+# then, which moves a logit by up to 0.1. bfloat16 has 8 bits: logits of magnitude 4 are 0.03 apart,
+# after three layers.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     ("quantization", "dtype", "tolerance"),
-    [("nf4", "float32", 1e-4), ("int8", "float32", 0.15), ("none", "bfloat16", 0.15)],
+    [("nf4", "float32", 1e-4), ("int8", "float32", 0.1), ("none", "bfloat16", 0.15)],
 )
 def test_every_kind_on_other_bases(
     quantization: str, dtype: str, tolerance: float, tmp_path: Path

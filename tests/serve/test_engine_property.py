@@ -21,7 +21,13 @@ from qlora_serve.serve.engine.request import Delta, Event, GenerationRequest, Sa
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import Limits
 
-ADAPTERS = {"plain": {}, "dora": {"use_dora": True}, "few": {"target_modules": ["q_proj"], "r": 7}}
+ADAPTERS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "few": {"target_modules": ["q_proj"], "r": 7},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+    "saved": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "bias": "all"},
+}
 
 
 @dataclass
@@ -49,12 +55,24 @@ class Answer:
         return text, getattr(event, "reason", str(event))
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("llama", "none"),
+        ("mistral", "none"),
+        ("gemma2", "nf4"),
+        pytest.param(("qwen3", "int8"), marks=pytest.mark.slow),
+        pytest.param(("gemma3", "none"), marks=pytest.mark.slow),
+        pytest.param(("llama-untied", "nf4"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def world(request, tmp_path_factory) -> World:
-    """24 requests and their answers: three beginnings, the base and three adapters."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    base = write_tiny_model(folder / "base", request.param)
-    runner = Runner(load_base(str(base), dtype="float32"))
+    """24 requests and their answers: three beginnings, the base and adapters of several kinds."""
+    family, quantization = request.param
+    folder: Path = tmp_path_factory.mktemp(family)
+    base = write_tiny_model(folder / "base", family)
+    runner = Runner(load_base(str(base), quantization, dtype="float32"))
     registry = AdapterRegistry(runner)
     adapters = [None] + [
         registry.load(name, write_random_adapter(folder / name, base, seed=seed, **kind))
@@ -74,7 +92,9 @@ def world(request, tmp_path_factory) -> World:
             ignore_eos=True,
         )
         prompt = (*shared, *own)
-        requests.append(GenerationRequest(str(number), prompt, sampling, adapters[number % 4]))
+        requests.append(
+            GenerationRequest(str(number), prompt, sampling, adapters[number % len(adapters)])
+        )
     engine = Engine(runner, Limits(1, 200, 200, 150, reuse_prefixes=False))
     engine.start()
     answers = []

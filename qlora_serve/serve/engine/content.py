@@ -143,6 +143,9 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
             out, rank = shape
             total += (out + -out % _BLOCK) * rank * item
             total += out * _FLOAT32 * 2 * bool(adapter.config.get("use_dora"))  # gain, offset
+        elif name.endswith("lora_embedding_B"):
+            out, rank = shape
+            total += ((out + -out % _BLOCK) * rank + rank * (rank + _BLOCK)) * item
         else:
             count = 1
             for length in shape:

@@ -1,4 +1,4 @@
-"""The base's linear layers, by the fastest kernel for the number of rows."""
+"""The base's linear layers, by the fastest kernel there is."""
 
 import logging
 import time
@@ -19,9 +19,6 @@ from qlora_serve.serve.engine.coded import (
     to_panels,
 )
 from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
-
-# Above this many rows torch's own product is at least as fast (docs/performance.md).
-NATIVE_ROWS = 48
 
 _TRIAL_ROWS = 8
 _TRIALS = 20
@@ -48,15 +45,18 @@ class NativeUpdates:
 
 
 class NativeLinear(nn.Module):
-    """A float32-computing linear layer on a CPU: own kernel for few rows, torch's for many."""
+    """A float32-computing linear layer on a CPU, by an own kernel."""
 
     in_features: int
     out_features: int
     bias: Any
 
     def takes(self, hidden: Tensor) -> bool:
-        """Whether the kernel is meant for this input [1, rows, in_features]."""
-        return hidden.shape[-2] <= NATIVE_ROWS and hidden.is_contiguous()
+        """Whether the kernel can compute this input [1, rows, in_features].
+
+        For any number of rows: torch's products sum in another order for another number of them.
+        """
+        return hidden.is_contiguous()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, rows, in_features] → [1, rows, out_features]"""
@@ -130,10 +130,6 @@ class PanelLinear(NativeLinear):
     def weight(self) -> Tensor:
         """The weight [out_features, in_features], put together anew."""
         return from_panels(self._panels, self.out_features)
-
-    def takes(self, hidden: Tensor) -> bool:
-        """See `NativeLinear`."""
-        return hidden.is_contiguous()
 
     def by_torch(self, hidden: Tensor) -> Tensor:
         """See `NativeLinear`."""

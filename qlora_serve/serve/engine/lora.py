@@ -5,7 +5,7 @@ become a `ResidentAdapter` on the device, and a step sees only rows, residents a
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from qlora_serve.adapters.weights import AdapterWeights, LoraPair
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
-from qlora_serve.serve.engine.kernels.native import AdapterRows
+from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
 from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
 from qlora_serve.serve.engine.replaced import (
     AdapterModule,
@@ -30,6 +30,7 @@ from qlora_serve.serve.engine.replaced import (
     wrap,
 )
 from qlora_serve.serve.engine.slots import ScaledAdapter
+from qlora_serve.serve.engine.updates import add_update
 
 # numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
 _NATIVE_ROWS = np.dtype(AdapterRows)
@@ -62,7 +63,13 @@ class ResidentPair:
         """Whether the two matrices are all."""
         return self.gain is None and self.offset is None
 
-    def update(self, output: Tensor, hidden: Tensor, scale: float = 1.0) -> None:
+    def update(
+        self,
+        output: Tensor,
+        hidden: Tensor,
+        scale: float = 1.0,
+        kernels: Kernels | None = None,
+    ) -> None:
         """Turns the base's output [rows, out_features] for `hidden` [rows, in_features] into ours.
 
         In place: `output` is a view of the whole step's. `scale` is the request's own; where there
@@ -71,7 +78,9 @@ class ResidentPair:
         assert scale == 1 or self.gain is None, "DoRA's gain holds for one scale"
         if self.gain is not None:
             output.mul_(self.gain)
-        if self.a is not None:
+        if self.a is not None and self.blocks is not None and kernels is not None:
+            add_update(kernels, hidden, self.a, self.blocks, scale, output)
+        elif self.a is not None:
             low = F.linear(hidden.to(self.a.dtype), self.a)  # [rows, rank]
             b_t = self.b_t if self.blocks is None else from_blocks(self.blocks, output.shape[1])
             assert b_t is not None
@@ -111,7 +120,9 @@ class ResidentAdapter:
         """
         table = np.zeros(len(self.pairs), dtype=_NATIVE_ROWS)
         for entry, pair in zip(table, self.pairs, strict=True):
-            if pair is not None and pair.a is not None and pair.blocks is not None:
+            if pair is None or pair.a is None or pair.blocks is None:
+                continue
+            if pair.is_plain:
                 entry["rank"] = pair.a.shape[0]
                 entry["a"], entry["b"] = pair.a.data_ptr(), pair.blocks.data_ptr()
         return table
@@ -129,7 +140,9 @@ class ResidentAdapter:
     @cached_property
     def is_plain(self) -> bool:
         """Whether the native table holds all that this adapter does to linear layers."""
-        return all(pair is None or pair.blocks is not None for pair in self.pairs)
+        return all(
+            pair is None or (pair.is_plain and pair.blocks is not None) for pair in self.pairs
+        )
 
 
 class AdapterLinear(nn.Module):
@@ -157,8 +170,10 @@ class AdapterLinear(nn.Module):
             output = base(hidden)
         for first, last, adapter in rows:
             pair = adapter.resident.pairs[self.index]
-            if pair is not None and (updates is None or pair.blocks is None):
-                pair.update(output[0, first:last], hidden[0, first:last], adapter.scale)
+            if pair is not None and (updates is None or not pair.is_plain):
+                pair.update(
+                    output[0, first:last], hidden[0, first:last], adapter.scale, context.kernels
+                )
         return output
 
     @property
@@ -202,7 +217,7 @@ class AdapterLayers:
             pair, bias = weights.modules.get(module), weights.biases.get(module)
             base = self._base(module)
             resident = _resident_pair(base, module, pair, bias, dtype, device)
-            if isinstance(base, NativeLinear) and resident.is_plain and resident.b_t is not None:
+            if self._context.kernels is not None and resident.b_t is not None:
                 resident = for_kernels(resident)
             pairs[self._index[module]] = resident
         own = self._own_functions(name, weights, dtype)
@@ -257,7 +272,9 @@ class AdapterLayers:
                     f"adapter {name!r} targets {module}, which is neither a linear layer nor an "
                     "embedding of this base"
                 )
-            own[module] = _embedding_update(base, weights.modules[module], dtype)
+            own[module] = _embedding_update(
+                base, weights.modules[module], dtype, self._context.kernels
+            )
         return own
 
     def _base(self, name: str) -> Any:
@@ -299,7 +316,9 @@ def _resident_pair(
     return ResidentPair(a, b_t, gain, offset)
 
 
-def _embedding_update(base: Any, pair: LoraPair, dtype: torch.dtype) -> EmbeddingUpdate:
+def _embedding_update(
+    base: Any, pair: LoraPair, dtype: torch.dtype, kernels: Kernels | None
+) -> EmbeddingUpdate:
     """Lays out the update of an embedding, whose effective weight is [hidden, vocabulary]."""
     device = base.weight.device
     b = pair.b.to(device, torch.float32) * pair.scaling
@@ -309,9 +328,12 @@ def _embedding_update(base: Any, pair: LoraPair, dtype: torch.dtype) -> Embeddin
         b = b * gain[:, None]
     # Gemma's embeddings are multiplied by the root of the width, after the look-up.
     b = b * float(getattr(base, "embed_scale", 1.0))
-    return EmbeddingUpdate(
-        a_t=pair.a.to(device, dtype).t().contiguous(), b_t=b.to(dtype).t().contiguous(), gain=gain
-    )
+    a_t, b_t = pair.a.to(device, dtype).t().contiguous(), b.to(dtype).t().contiguous()
+    if kernels is None:
+        return EmbeddingUpdate(a_t, b_t, gain)
+    # What is looked up is the low-rank product already.
+    unit = for_kernels(ResidentPair(torch.eye(b_t.shape[0]), b_t))
+    return EmbeddingUpdate(a_t, None, gain, kernels, unit.a, unit.blocks)
 
 
 def _own_bytes(functions: Iterable[RowFunction], base: Any) -> int:
@@ -322,7 +344,8 @@ def _own_bytes(functions: Iterable[RowFunction], base: Any) -> int:
             tensors: list[Tensor] = list(function.module.parameters())
         else:
             assert isinstance(function, EmbeddingUpdate)
-            tensors = [t for t in (function.a_t, function.b_t, function.gain) if t is not None]
+            parts = (function.a_t, function.b_t, function.gain, function.unit, function.blocks)
+            tensors = [part for part in parts if part is not None]
         held |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     shared = {parameter.data_ptr() for parameter in base.parameters()}
     return sum(size for pointer, size in held.items() if pointer not in shared)
@@ -362,7 +385,7 @@ def rows_by_adapter(counts: list[tuple[int, Any]]) -> list[tuple[int, int, Scale
 
 
 def for_kernels(pair: ResidentPair) -> ResidentPair:
-    """A plain update in the memory layout of the kernels.
+    """An update in the memory layout of the kernels.
 
     They read `a` input by input, 16 components at a time, and so up to 15 numbers beyond its end.
     """
@@ -372,7 +395,7 @@ def for_kernels(pair: ResidentPair) -> ResidentPair:
     room = pair.a.new_zeros(rank * width + _BLOCK)
     a_t = room[: rank * width].view(width, rank)
     a_t.copy_(pair.a.t())
-    return ResidentPair(a_t.t(), None, blocks=to_blocks(pair.b_t))
+    return replace(pair, a=a_t.t(), b_t=None, blocks=to_blocks(pair.b_t))
 
 
 def to_blocks(b_t: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_serve.base.gptq import is_gptq
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
+from qlora_serve.serve.engine.kernels.native import Kernels
 from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear
+from qlora_serve.serve.engine.updates import add_update
 
 # Two adapters that load at once must not wrap a module twice: its update would count twice.
 _wrapping = Lock()
@@ -46,18 +49,31 @@ class EmbeddingUpdate:
 
     a_t: Tensor
     """[vocabulary, rank]"""
-    b_t: Tensor
+    b_t: Tensor | None
     """[rank, hidden], multiplied by the scaling, the gain, and the factor that some families
-    multiply their embeddings by"""
+    multiply their embeddings by; None where `blocks` holds it"""
     gain: Tensor | None
     """[hidden], float32"""
+    kernels: Kernels | None = None
+    unit: Tensor | None = None
+    """The identity of the rank, and"""
+    blocks: Tensor | None = None
+    """what `b_t` would be, both as the kernels read them."""
 
     def __call__(self, ids: Tensor, output: Tensor, scale: float) -> Tensor:
         """Updates `output` [1, rows, hidden] for ids [1, rows]."""
         assert scale == 1 or self.gain is None, "DoRA's gain holds for one scale"
         if self.gain is not None:
             output = (output * self.gain).to(output.dtype)
-        return output + F.embedding(ids, self.a_t) @ self.b_t * scale
+        low = F.embedding(ids, self.a_t)  # [1, rows, rank]
+        if self.kernels is None:
+            assert self.b_t is not None
+            return output + low @ self.b_t * scale
+        assert self.unit is not None
+        assert self.blocks is not None
+        output = output.clone(memory_format=torch.contiguous_format)
+        add_update(self.kernels, low[0], self.unit, self.blocks, scale, output[0])
+        return output
 
 
 class AdapterModule(nn.Module):

@@ -11,6 +11,7 @@ from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.errors import RequestError
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
 from qlora_serve.serve.engine.fused import engine_computes, use_fused
+from qlora_serve.serve.engine.int8 import use_rows_of_int8
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import NativeLinear, use_fast_linears
 from qlora_serve.serve.engine.lora import (
@@ -37,6 +38,7 @@ class Runner:
         if self._context.kernels is not None:
             use_fast_linears(base.model, self._context.kernels)
             use_fused(base.model, self._context.kernels)
+        use_rows_of_int8(base.model)
         self.layers = AdapterLayers(base.model, names, self._context)
         attach(base.model, self._context)
         self._scoring = Scoring(base.model.get_decoder())

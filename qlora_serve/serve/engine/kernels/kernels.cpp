@@ -90,11 +90,13 @@ struct LowItem {
   float* low;  // of the group's first row: [rows, rank]
 };
 
+// Sums that the components of a row are spread over: one row alone would wait for each of its sums. As
+// many for any number of rows, so that a row's result is the same to the last bit in any company.
+constexpr int kSums = 4;
+
 template <int ROWS>
 inline void low_rows(const float* x, int64_t in, const float* a, int64_t rank, int64_t width,
                      float* low) {
-  // One row alone would wait for each of its sums: it takes every fourth input for four sums.
-  constexpr int kSums = ROWS == 1 ? 4 : ROWS <= 3 ? 2 : 1;
   Vector sums[ROWS][kSums] = {};
   int64_t i = 0;
   for (; i + kSums <= in; i += kSums)
@@ -113,7 +115,7 @@ inline void low_rows(const float* x, int64_t in, const float* a, int64_t rank, i
   }
 }
 
-constexpr int64_t kLowRows = 12;
+constexpr int64_t kLowRows = 6;  // times kSums: in the registers
 
 template <int ROWS>
 void low_remaining(const float* x, int64_t rows, int64_t in, const float* a, int64_t rank,
@@ -136,7 +138,6 @@ inline void low_product(const float* x, int64_t in, const AdapterRows& group,
 template <int ROWS>
 inline void update_rows(const float* low, int64_t rank, const float* b, float scale, float* y,
                         int64_t out, int64_t width) {
-  constexpr int kSums = ROWS == 1 ? 4 : 1;  // one row alone would wait for each of its sums
   Vector sums[ROWS][kSums] = {};
   int64_t c = 0;
   for (; c + kSums <= rank; c += kSums)
@@ -158,7 +159,7 @@ inline void update_rows(const float* low, int64_t rank, const float* b, float sc
   }
 }
 
-constexpr int64_t kUpdatedRows = 8;
+constexpr int64_t kUpdatedRows = 4;
 
 // Adds one group's update of the `width` outputs from `at`, a multiple of 16, to all its rows.
 inline void add_update(const AdapterRows& group, const float* low, float* y, int64_t out,
@@ -244,6 +245,21 @@ constexpr int kPanelRows = 3;
 constexpr int kPanelRows = 2;
 #endif
 
+// Stores the sums of a row's outputs, `width` of them; `more` adds them to what y holds.
+inline void keep_sums(const Vector* sums, bool more, const float* bias, float* y, int64_t width) {
+  if (width == kPanel) {
+    store(y, more ? load(y) + sums[0] : sums[0]);
+    store(y + kWidth, more ? load(y + kWidth) + sums[1] : sums[1]);
+  } else {
+    float whole[kPanel];
+    store(whole, sums[0]);
+    store(whole + kWidth, sums[1]);
+    for (int64_t j = 0; j < width; ++j) y[j] = more ? y[j] + whole[j] : whole[j];
+  }
+  if (bias)
+    for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
+}
+
 // With FETCH, asks for the panel `next` on the way: the memory works while the sums are computed. Rows of x
 // are `stride` apart, of which `in` are multiplied; `more` adds to what y holds.
 template <int ROWS, bool FETCH>
@@ -263,19 +279,7 @@ inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* 
       sums[r][1] += right * x[r * stride + i];
     }
   }
-  for (int r = 0; r < ROWS; ++r, y += out) {
-    float whole[kPanel];
-    if (width == kPanel) {
-      store(y, more ? load(y) + sums[r][0] : sums[r][0]);
-      store(y + kWidth, more ? load(y + kWidth) + sums[r][1] : sums[r][1]);
-    } else {
-      store(whole, sums[r][0]);
-      store(whole + kWidth, sums[r][1]);
-      for (int64_t j = 0; j < width; ++j) y[j] = more ? y[j] + whole[j] : whole[j];
-    }
-    if (bias)
-      for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
-  }
+  for (int r = 0; r < ROWS; ++r) keep_sums(sums[r], more, bias, y + r * out, width);
 }
 
 // Inputs whose products are added up before they join the sum so far. One sum over all inputs of a wide
@@ -352,13 +356,15 @@ inline Vector decode(Integers words, int at, Vector table) {
 #endif
 }
 
-// Calls `use(input, left, right)` with the weights of each input in turn.
+// Calls `use(input, left, right)` with the weights of the inputs [first, last) in turn; both are
+// multiples of kWidth.
 template <int BITS, typename Use>
-inline void each_input(const Coded& w, const Use& use) {
+inline void each_input(const Coded& w, int64_t first, int64_t last, const Use& use) {
   constexpr int64_t kParts = 32 / BITS;
   const Vector table = load(w.table);
   const int64_t size = w.shift < 40 ? int64_t{1} << w.shift : w.in;
-  for (int64_t g = 0, i = 0; i < w.in; ++g) {
+  for (int64_t i = first; i < last;) {
+    const int64_t g = w.shift < 40 ? i >> w.shift : 0;
     const Vector left_scale = load(w.scales + g * kPanel);
     const Vector right_scale = load(w.scales + g * kPanel + kWidth);
     Vector left_offset = {}, right_offset = {};
@@ -366,7 +372,7 @@ inline void each_input(const Coded& w, const Use& use) {
       left_offset = load(w.offsets + g * kPanel);
       right_offset = load(w.offsets + g * kPanel + kWidth);
     }
-    for (const int64_t end = std::min(w.in, i + size); i < end; i += kParts) {
+    for (const int64_t end = std::min(last, (g + 1) * size); i < end; i += kParts) {
       const int32_t* words = w.codes + i / kParts * kPanel;
       const Integers left = load_integers(words), right = load_integers(words + kWidth);
 #pragma GCC unroll 8
@@ -379,7 +385,7 @@ inline void each_input(const Coded& w, const Use& use) {
 
 template <int BITS>
 void decode_panel(const Coded& w, float* panel) {
-  each_input<BITS>(w, [&](int64_t i, Vector left, Vector right) {
+  each_input<BITS>(w, 0, w.in, [&](int64_t i, Vector left, Vector right) {
     store(panel + i * kPanel, left);
     store(panel + i * kPanel + kWidth, right);
   });
@@ -390,18 +396,18 @@ void coded_rows(const float* x, int64_t rows, const Coded& w, const float* bias,
                 int64_t out, int64_t width) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS) return coded_rows<ROWS - 1, BITS>(x, rows, w, bias, y, out, width);
-    Vector sums[ROWS][2] = {};
-    each_input<BITS>(w, [&](int64_t i, Vector left, Vector right) {
-      for (int r = 0; r < ROWS; ++r) {
-        sums[r][0] += left * x[r * w.in + i];
-        sums[r][1] += right * x[r * w.in + i];
-      }
-    });
-    for (int r = 0; r < ROWS; ++r, y += out) {
-      float whole[kPanel];
-      store(whole, sums[r][0]);
-      store(whole + kWidth, sums[r][1]);
-      for (int64_t j = 0; j < width; ++j) y[j] = bias ? whole[j] + bias[j] : whole[j];
+    // In the order of panel_rows, so that few rows and many give the same to the last bit.
+    for (int64_t first = 0; first < w.in; first += kSummed) {
+      Vector sums[ROWS][2] = {};
+      each_input<BITS>(w, first, std::min(w.in, first + kSummed),
+                       [&](int64_t i, Vector left, Vector right) {
+                         for (int r = 0; r < ROWS; ++r) {
+                           sums[r][0] += left * x[r * w.in + i];
+                           sums[r][1] += right * x[r * w.in + i];
+                         }
+                       });
+      for (int r = 0; r < ROWS; ++r)
+        keep_sums(sums[r], first > 0, first == 0 ? bias : nullptr, y + r * out, width);
     }
   }
 }
@@ -464,6 +470,12 @@ void linear_coded(const float* x, const float* low_x, int64_t rows, int64_t in, 
                  else
                    coded_product<4>(x, rows, panel, own_bias, y + first, out, last - first);
                });
+}
+
+// The update alone of one adapter, for a layer whose product is computed elsewhere.
+void update_f32(const float* x, int64_t in, float* y, int64_t out, const AdapterRows* group,
+                float* low) {
+  with_updates(x, in, y, out, group, 1, low, kChunk, [](int64_t, int64_t) {});
 }
 
 // All weights of coded panels as floats: [out / 32 rounded up, in, 32].

@@ -64,6 +64,11 @@ class Kernels:
             _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
             _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
         ]  # fmt: skip
+        self.update = library.update_f32
+        self.update.restype = None
+        self.update.argtypes = [
+            _POINTER, _INT, _POINTER, _INT, ctypes.POINTER(AdapterRows), _POINTER,
+        ]  # fmt: skip
         self.decode_panels = library.decode_panels
         self.decode_panels.restype = None
         self.decode_panels.argtypes = [
