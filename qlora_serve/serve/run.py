@@ -21,6 +21,7 @@ from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.engine.engine import Engine
+from qlora_serve.serve.engine.host_memory import give_back
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
@@ -100,6 +101,7 @@ def build_service(settings: ServeSettings) -> Service:
     if folder is not None:
         folder.also_reserved = lambda: tuple(feedback.experiments)
     engine = Engine(runner, limits, registry.residency)
+    give_back()
     registry.residency.wake = engine.wake
     roots = tuple(root.resolve() for root in settings.adapter_root)
     return Service(

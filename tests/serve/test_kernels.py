@@ -33,7 +33,7 @@ from qlora_serve.serve.engine.linear import (
     PanelLinear,
     use_fast_linears,
 )
-from qlora_serve.serve.engine.lora import ResidentPair, for_kernels, from_blocks
+from qlora_serve.serve.engine.pairs import ResidentPair, for_kernels, from_blocks
 
 TOLERANCE = 1e-5  # sums of at most 600 products of unit-size numbers, relative to their size
 

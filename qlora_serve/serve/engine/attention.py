@@ -7,6 +7,7 @@ tokens of every sequence one after the other, so nothing is padded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_serve.serve.engine.blocks import Copy
+from qlora_serve.serve.engine.host_memory import huge_pages
 from qlora_serve.serve.engine.kernels.native import Kernels, SpanRows
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS
 
@@ -62,12 +64,11 @@ class KvCache:
     ) -> None:
         self.group = {layer: windows.index(shape.window) for layer, shape in shapes.items()}
         self.layers = {
-            layer: torch.empty(
-                blocks[self.group[layer]], 2, shape.kv_heads, BLOCK_TOKENS * shape.head_dim,
-                dtype=shape.dtype, device=shape.device,
+            layer: _empty(
+                (blocks[self.group[layer]], 2, shape.kv_heads, BLOCK_TOKENS * shape.head_dim), shape
             )
             for layer, shape in shapes.items()
-        }  # fmt: skip
+        }
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copies whole blocks, one after the other: a later one may read what was written."""
@@ -104,6 +105,13 @@ class KvCache:
         values = self.values(layer)[table].transpose(0, 1).flatten(1, 2)
         begin = first * BLOCK_TOKENS
         return keys[:, : end - begin], values[:, : end - begin], begin
+
+
+def _empty(size: tuple[int, ...], shape: LayerShape) -> Tensor:
+    if shape.device.type != "cpu":
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+    memory = huge_pages(prod(size) * shape.dtype.itemsize)
+    return memory.view(shape.dtype).view(size)
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_serve.base.gptq import is_gptq
+from qlora_serve.serve.engine.host_memory import Arena
 
 PANEL = 32
 """Outputs of a panel; kernels.cpp has the same number."""
@@ -43,7 +44,7 @@ class CodedWeights:
         return self.codes.shape[1] * 32 // self.bits
 
 
-def code_nf4(module: Any) -> CodedWeights | None:
+def code_nf4(module: Any, arena: Arena | None = None) -> CodedWeights | None:
     """The weights of an NF4 layer of bitsandbytes; None if it is none, or one with other blocks."""
     weight: Any = getattr(module, "weight", None)
     if type(weight).__name__ != "Params4bit" or not _is_ready(weight, torch.uint8):
@@ -65,8 +66,8 @@ def code_nf4(module: Any) -> CodedWeights | None:
     scales = _nf4_scales(state).view(out_features, -1)
     return CodedWeights(
         bits=4,
-        codes=_in_words(_in_panels(codes), 4),
-        scales=_in_panels(scales),
+        codes=_in_words(_in_panels(codes), 4, arena),
+        scales=_in_panels(scales, arena),
         offsets=None,
         table=state.code.float().contiguous(),
         shift=_NF4_BLOCK.bit_length() - 1,
@@ -75,7 +76,7 @@ def code_nf4(module: Any) -> CodedWeights | None:
     )
 
 
-def code_gptq(module: Any) -> CodedWeights | None:
+def code_gptq(module: Any, arena: Arena | None = None) -> CodedWeights | None:
     """The weights of a GPTQ layer; None if it is none, or one that the kernels do not read."""
     if not is_gptq(module) or module.qweight.device.type != "cpu" or module.bits not in _GPTQ_BITS:
         return None
@@ -93,9 +94,9 @@ def code_gptq(module: Any) -> CodedWeights | None:
     is_ordered = bool(order.equal(torch.arange(inside)))
     return CodedWeights(
         bits=bits,
-        codes=_in_words(_in_panels(codes), bits),
-        scales=_in_panels(module.scales.t()),
-        offsets=_in_panels((-module.scales * zeros).t()),
+        codes=_in_words(_in_panels(codes), bits, arena),
+        scales=_in_panels(module.scales.t(), arena),
+        offsets=_in_panels((-module.scales * zeros).t(), arena),
         table=torch.arange(16, dtype=torch.float32),
         shift=shift,
         order=None if is_ordered else order,
@@ -103,9 +104,14 @@ def code_gptq(module: Any) -> CodedWeights | None:
     )
 
 
-def to_panels(weight: Tensor) -> Tensor:
-    """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32]."""
-    return _in_panels(weight)
+def to_panels(weight: Tensor, arena: Arena | None = None) -> Tensor:
+    """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32].
+
+    Args:
+        weight: a layer's.
+        arena: the memory for the result; None for torch's own.
+    """
+    return _in_panels(weight, arena)
 
 
 def from_panels(panels: Tensor, out_features: int) -> Tensor:
@@ -113,20 +119,21 @@ def from_panels(panels: Tensor, out_features: int) -> Tensor:
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
 
 
-def _in_panels(values: Tensor) -> Tensor:
+def _in_panels(values: Tensor, arena: Arena | None = None) -> Tensor:
     """[out, n] → [panels, n, 32], filled up with zeros."""
     padded = F.pad(values, (0, 0, 0, -values.shape[0] % PANEL))
-    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+    panels = padded.view(-1, PANEL, values.shape[1]).transpose(1, 2)
+    return panels.contiguous() if arena is None else arena.copy(panels)
 
 
-def _in_words(codes: Tensor, bits: int) -> Tensor:
+def _in_words(codes: Tensor, bits: int, arena: Arena | None) -> Tensor:
     """[panels, in, 32] → int32 [panels, in * bits / 32, 32], the first input in the lowest bits."""
     parts = 32 // bits
     split = codes.int().unflatten(1, (-1, parts))
     words = torch.zeros_like(split[:, :, 0])
     for part in range(parts):
         words |= split[:, :, part] << (bits * part)
-    return words.contiguous()
+    return words.contiguous() if arena is None else arena.copy(words)
 
 
 def _nf4_scales(state: Any) -> Tensor:

@@ -5,13 +5,12 @@ become a `ResidentAdapter` on the device, and a step sees only rows, residents a
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_serve.adapters.tokens import AdapterTokens
@@ -21,6 +20,7 @@ from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
 from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
 from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
+from qlora_serve.serve.engine.pairs import ResidentPair, for_kernels, packed
 from qlora_serve.serve.engine.replaced import (
     AdapterModule,
     EmbeddingUpdate,
@@ -30,69 +30,9 @@ from qlora_serve.serve.engine.replaced import (
     wrap,
 )
 from qlora_serve.serve.engine.slots import ScaledAdapter
-from qlora_serve.serve.engine.updates import add_update
 
 # numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
 _NATIVE_ROWS = np.dtype(AdapterRows)
-_BLOCK = 16  # kernels.cpp's vector
-
-
-@dataclass(frozen=True)
-class ResidentPair:
-    """One linear layer's update: `y = base(x) * gain + (x @ aᵀ) @ b_t + offset`.
-
-    Plain LoRA has the matrices alone. DoRA (arXiv:2402.09353) has a gain as well, and an offset
-    where the layer has a bias, which is not to be scaled. A new bias is an offset.
-    """
-
-    a: Tensor | None
-    """[rank, in_features]; None where only the bias changes. Beside `blocks` it lies the other way
-    round in memory, see `for_kernels`."""
-    b_t: Tensor | None
-    """[rank, out_features], already multiplied by the scaling and the gain; None where only the
-    bias changes, or where `blocks` holds it"""
-    gain: Tensor | None = None
-    """[out_features], float32"""
-    offset: Tensor | None = None
-    """[out_features], float32"""
-    blocks: Tensor | None = None
-    """[out_features / 16 rounded up, rank, 16]: what `b_t` would be, as the kernels read it"""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the two matrices are all."""
-        return self.gain is None and self.offset is None
-
-    def update(
-        self,
-        output: Tensor,
-        hidden: Tensor,
-        scale: float = 1.0,
-        kernels: Kernels | None = None,
-    ) -> None:
-        """Turns the base's output [rows, out_features] for `hidden` [rows, in_features] into ours.
-
-        In place: `output` is a view of the whole step's. `scale` is the request's own; where there
-        is a gain it is 1, since the gain holds for one scale only.
-        """
-        assert scale == 1 or self.gain is None, "DoRA's gain holds for one scale"
-        if self.gain is not None:
-            output.mul_(self.gain)
-        if self.a is not None and self.blocks is not None and kernels is not None:
-            add_update(kernels, hidden, self.a, self.blocks, scale, output)
-        elif self.a is not None:
-            low = F.linear(hidden.to(self.a.dtype), self.a)  # [rows, rank]
-            b_t = self.b_t if self.blocks is None else from_blocks(self.blocks, output.shape[1])
-            assert b_t is not None
-            output.addmm_(low.to(output.dtype), b_t, alpha=scale)
-        if self.offset is not None:
-            output.add_(self.offset, alpha=scale)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on the device."""
-        parts = (self.a, self.b_t, self.gain, self.offset, self.blocks)
-        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +160,8 @@ class AdapterLayers:
             if self._context.kernels is not None and resident.b_t is not None:
                 resident = for_kernels(resident)
             pairs[self._index[module]] = resident
+        if device.type == "cpu":
+            pairs = packed(pairs)
         own = self._own_functions(name, weights, dtype)
         # Nothing can fail from here on, so that a refused adapter leaves the model as it was.
         for module in own:
@@ -382,32 +324,6 @@ def rows_by_adapter(counts: list[tuple[int, Any]]) -> list[tuple[int, int, Scale
                 ranges.append((first, last, selection))
         first = last
     return [(first, last, one) for first, last, them in ranges for one in them.residents]
-
-
-def for_kernels(pair: ResidentPair) -> ResidentPair:
-    """An update in the memory layout of the kernels.
-
-    They read `a` input by input, 16 components at a time, and so up to 15 numbers beyond its end.
-    """
-    assert pair.a is not None
-    assert pair.b_t is not None
-    rank, width = pair.a.shape
-    room = pair.a.new_zeros(rank * width + _BLOCK)
-    a_t = room[: rank * width].view(width, rank)
-    a_t.copy_(pair.a.t())
-    return replace(pair, a=a_t.t(), b_t=None, blocks=to_blocks(pair.b_t))
-
-
-def to_blocks(b_t: Tensor) -> Tensor:
-    """[rank, out_features] → [out_features / 16 rounded up, rank, 16], filled up with zeros."""
-    rank, out = b_t.shape
-    padded = F.pad(b_t, (0, -out % _BLOCK))
-    return padded.view(rank, -1, _BLOCK).transpose(0, 1).contiguous()
-
-
-def from_blocks(blocks: Tensor, out_features: int) -> Tensor:
-    """The inverse of `to_blocks`: [rank, out_features]."""
-    return blocks.transpose(0, 1).reshape(blocks.shape[1], -1)[:, :out_features]
 
 
 def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:

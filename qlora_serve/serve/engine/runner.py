@@ -11,6 +11,7 @@ from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.errors import RequestError
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
 from qlora_serve.serve.engine.fused import engine_computes, use_fused
+from qlora_serve.serve.engine.host_memory import Arena, own_memory
 from qlora_serve.serve.engine.int8 import use_rows_of_int8
 from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.linear import NativeLinear, use_fast_linears
@@ -35,8 +36,11 @@ class Runner:
         names = linear_names(build_skeleton(base.source))
         if base.dtype == "float32" and base.device.type == "cpu":
             self._context.kernels = load_kernels()
+        arena = Arena()
         if self._context.kernels is not None:
-            use_fast_linears(base.model, self._context.kernels)
+            use_fast_linears(base.model, self._context.kernels, arena)
+        own_memory(base.model, arena)
+        if self._context.kernels is not None:
             use_fused(base.model, self._context.kernels)
         use_rows_of_int8(base.model)
         self.layers = AdapterLayers(base.model, names, self._context)

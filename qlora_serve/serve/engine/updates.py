@@ -18,7 +18,7 @@ def add_update(
         kernels: of the engine.
         hidden: float32 [rows, in_features]
         a: [rank, in_features] and
-        blocks: `b`, both as `lora.for_kernels` lays them out.
+        blocks: `b`, both as `pairs.for_kernels` lays them out.
         scale: the request's own.
         output: float32 [rows, out_features], contiguous.
     """

@@ -260,25 +260,40 @@ inline void keep_sums(const Vector* sums, bool more, const float* bias, float* y
     for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
 }
 
-// With FETCH, asks for the panel `next` on the way: the memory works while the sums are computed. Rows of x
-// are `stride` apart, of which `in` are multiplied; `more` adds to what y holds.
-template <int ROWS, bool FETCH>
-inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel,
-                       const float* next, const float* bias, bool more, float* y, int64_t out,
-                       int64_t width) {
-  Vector sums[ROWS][2] = {};
-  for (int64_t i = 0; i < in; ++i) {
-    const float* weights = panel + i * kPanel;
-    const Vector left = load(weights), right = load(weights + kWidth);
-    if (FETCH) {
-      __builtin_prefetch(next + i * kPanel, 0, 2);
-      __builtin_prefetch(next + i * kPanel + kWidth, 0, 2);
-    }
-    for (int r = 0; r < ROWS; ++r) {
-      sums[r][0] += left * x[r * stride + i];
-      sums[r][1] += right * x[r * stride + i];
-    }
+// What to ask the memory for while the sums are computed: for each input the two vectors at `first`, from
+// input `turn` on those at `then`.
+struct Fetch {
+  const float *first, *then;
+  int64_t turn;
+
+  Fetch from(int64_t i) const {
+    if (first == nullptr) return *this;
+    return i < turn ? Fetch{first + i * kPanel, then, turn - i} : Fetch{then + (i - turn) * kPanel, then, INT64_MAX};
   }
+};
+
+// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds.
+template <int ROWS, bool FETCH>
+inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel, Fetch fetch,
+                       const float* bias, bool more, float* y, int64_t out, int64_t width) {
+  Vector sums[ROWS][2] = {};
+  const auto add = [&](int64_t i, int64_t end, const float* next) {
+    for (; i < end; ++i, next += kPanel) {
+      const float* weights = panel + i * kPanel;
+      const Vector left = load(weights), right = load(weights + kWidth);
+      if (FETCH) {
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + kWidth, 0, 2);
+      }
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][0] += left * x[r * stride + i];
+        sums[r][1] += right * x[r * stride + i];
+      }
+    }
+  };
+  const int64_t turn = FETCH ? std::min(in, fetch.turn) : in;
+  add(0, turn, fetch.first);
+  if (FETCH && turn < in) add(turn, in, fetch.then);
   for (int r = 0; r < ROWS; ++r) keep_sums(sums[r], more, bias, y + r * out, width);
 }
 
@@ -286,33 +301,43 @@ inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* 
 // layer would lose a digit.
 constexpr int64_t kSummed = 256;
 
+// Inputs by which the memory is asked ahead: 6 kB of a panel.
+constexpr int64_t kAhead = 48;
+
 template <int ROWS>
 void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel,
-                    const float* next, const float* bias, float* y, int64_t out, int64_t width) {
+                    const Fetch& fetch, const float* bias, float* y, int64_t out, int64_t width) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return remaining_rows<ROWS - 1>(x, rows, in, panel, next, bias, y, out, width);
+      return remaining_rows<ROWS - 1>(x, rows, in, panel, fetch, bias, y, out, width);
     for (int64_t i = 0; i < in; i += kSummed) {
       const int64_t count = std::min(kSummed, in - i);
       const float *own = panel + i * kPanel, *own_bias = i == 0 ? bias : nullptr;
-      if (next)
-        panel_rows<ROWS, true>(x + i, in, count, own, next + i * kPanel, own_bias, i > 0, y, out,
-                               width);
+      if (fetch.first)
+        panel_rows<ROWS, true>(x + i, in, count, own, fetch.from(i), own_bias, i > 0, y, out, width);
       else
-        panel_rows<ROWS, false>(x + i, in, count, own, nullptr, own_bias, i > 0, y, out, width);
+        panel_rows<ROWS, false>(x + i, in, count, own, fetch, own_bias, i > 0, y, out, width);
     }
   }
 }
 
-// The outputs of one panel, `width` of them, for all rows; `next` is a panel that is needed soon.
+// The outputs of one panel, `width` of them, for all rows; `next` is the panel that is needed after it, or
+// null where the panel is near already.
 void panel_product(const float* x, int64_t rows, int64_t in, const float* panel, const float* next,
                    const float* bias, float* y, int64_t out, int64_t width) {
-  // The first rows wait for the panel itself to come from memory; only then is there time to fetch.
-  const float* fetched = nullptr;
-  for (; rows > 0; rows -= kPanelRows, x += kPanelRows * in, y += kPanelRows * out) {
-    remaining_rows<kPanelRows>(x, std::min<int64_t>(rows, kPanelRows), in, panel, fetched, bias, y,
-                               out, width);
-    fetched = fetched == nullptr ? next : panel;  // once is enough
+  // The first rows ask a little ahead for the panel itself, and at its end for the beginning of the
+  // next; the second rows, for whom the panel is near, for the rest of the next.
+  Fetch fetch{}, rest{};
+  if (next) {
+    const int64_t turn = std::max<int64_t>(0, in - kAhead);
+    fetch = {turn > 0 ? panel + kAhead * kPanel : next, next, turn > 0 ? turn : INT64_MAX};
+    rest = {next, next, INT64_MAX};
+  }
+  for (bool is_first = true; rows > 0; rows -= kPanelRows, x += kPanelRows * in, y += kPanelRows * out) {
+    remaining_rows<kPanelRows>(x, std::min<int64_t>(rows, kPanelRows), in, panel, fetch, bias, y, out,
+                               width);
+    fetch = is_first ? rest : Fetch{};  // once is enough
+    is_first = false;
   }
 }
 
