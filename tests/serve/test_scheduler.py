@@ -12,7 +12,13 @@ from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.blocks import BlockGroup, BlockManager
 from qlora_serve.serve.engine.queueing import MOST_PASSED
 from qlora_serve.serve.engine.request import GenerationRequest, Sampling, Sequence
-from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits, Scheduler, split_budget
+from qlora_serve.serve.engine.scheduler import (
+    BLOCK_TOKENS,
+    AlwaysResident,
+    Limits,
+    Scheduler,
+    split_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,9 @@ def test_an_adapter_that_is_not_there_yet_is_passed_by_but_not_for_ever() -> Non
             if adapter.key in self.ready:
                 self.held.append(adapter.key)
             return adapter.key in self.ready
+
+        def prefetch(self, adapters) -> None:
+            pass
 
         def withdraw(self, adapter) -> None:
             pass
@@ -407,3 +416,21 @@ def test_steps_take_fewer_tokens_of_a_long_prompt_the_further_it_is() -> None:
         start += count
     assert max(costs) <= 100
     assert min(costs) > 90
+
+
+def test_adapters_of_those_who_wait_for_a_place_are_loaded_ahead() -> None:
+    class Watched(AlwaysResident):
+        def __init__(self) -> None:
+            self.ahead: list[list[str]] = []
+
+        def prefetch(self, selections) -> None:
+            self.ahead.append([selection.key for selection in selections])
+
+    watched = Watched()
+    scheduler = Scheduler(Limits(1, 400, 100, 100), watched)
+    for number, adapter in enumerate(("runs", "next", None, "then")):
+        scheduler.add(_sequence(number, 5, 9, adapter))
+    assert [s.request.request_id for s in _run(scheduler)] == ["0"]
+    assert watched.ahead == [["next", "then"]]
+    _run(scheduler)
+    assert len(watched.ahead) == 1  # only when somebody has come or gone

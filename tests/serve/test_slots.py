@@ -54,6 +54,21 @@ def test_the_least_recently_used_makes_room() -> None:
     assert table.used == 80
 
 
+def test_what_comes_next_is_loaded_ahead_but_throws_out_nobody_who_runs() -> None:
+    table = SlotTable(CAPACITY)
+    runs, idle, following, later = (_select(table, (n, 40)) for n in range(4))
+    for selection in (runs, idle):
+        assert _take(table, selection)
+    table.release(idle)
+    table.prefetch([following, later])  # there is room for the first of them only
+    assert [slot.key[0] for slot in table.to_load()] == ["id2"]
+    assert [s.slots[0].state for s in (runs, idle, later)] == ["resident", "absent", "absent"]
+    table.loaded(following.slots[0], "weights", 40)
+    table.prefetch([following, later])
+    assert table.to_load() == []
+    assert table.acquire(following)
+
+
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     table = SlotTable(CAPACITY)
     with pytest.raises(AdapterError, match=r"needs 101 bytes.*gives 100"):
@@ -179,6 +194,10 @@ class Slots(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data) -> None:
         self.table.withdraw(self.waiting.pop(_index(data, self.waiting)))
+
+    @rule(count=st.integers(1, 3))
+    def look_ahead(self, count: int) -> None:
+        self.table.prefetch(self.waiting[:count])
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

@@ -5,7 +5,7 @@ import queue
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_serve.adapters.weights import AdapterWeights
@@ -99,6 +99,12 @@ class Residency:
                 return is_there
             finally:
                 self._hand_over()
+
+    def prefetch(self, selections: Sequence[AdapterSelection]) -> None:
+        """See `AdapterSlots.prefetch`."""
+        with self._lock:
+            self._table.prefetch(selections)
+            self._hand_over()
 
     def release(self, selection: AdapterSelection | None) -> None:
         """See `AdapterSlots.release`."""

@@ -133,6 +133,9 @@ class AlwaysResident:
         """Always True."""
         return True
 
+    def prefetch(self, selections: Sequence[Any]) -> None:
+        """Nothing to do."""
+
     def release(self, selection: Any) -> None:
         """Nothing to do."""
 
@@ -161,10 +164,13 @@ class Scheduler:
         self._adapters: AdapterSlots = adapters or AlwaysResident()
         self._queue = FairQueue()
         self._running: list[request.Sequence] = []
+        self._looks_ahead = False
+        """Whether somebody came or went since adapters were last loaded ahead."""
 
     def add(self, sequence: request.Sequence) -> None:
         """Puts a sequence at the end of its flow's queue."""
         self._queue.add(sequence)
+        self._looks_ahead = True
 
     def remove(self, sequence: request.Sequence, keep: bool = True) -> None:
         """Takes a sequence out, wherever it is, and gives its room back.
@@ -178,11 +184,14 @@ class Scheduler:
         else:
             self._adapters.withdraw(sequence.request.adapter)
         self._queue.forget(sequence)
+        self._looks_ahead = True
 
     def schedule(self) -> Step:
         """The next step; without chunks when there is nothing that can run now."""
         step = Step()
         self._admit(step)
+        if self._looks_ahead:
+            self._prefetch()
         while self._running and not step.chunks:  # again where all of a step gave way to others
             counts = self._share_out()
             # Blocks go by rank: whoever has to give way comes later in this very loop.
@@ -229,6 +238,14 @@ class Scheduler:
         while len(self._running) < self.limits.max_sequences and len(self._queue):
             if not self._admit_one(step):
                 return
+
+    def _prefetch(self) -> None:
+        """Has the adapters of the next few loaded while those who run still hold the room."""
+        self._looks_ahead = False
+        if self._running and len(self._queue):
+            following = self._queue.candidates()[:_PREFETCHED]
+            adapters = [sequence.request.adapter for sequence in following]
+            self._adapters.prefetch([adapter for adapter in adapters if adapter is not None])
 
     def _admit_one(self, step: Step) -> bool:
         hopeless = {id(sequence) for sequence, _ in step.failed}
@@ -327,6 +344,8 @@ class Scheduler:
         sequence.blocks, sequence.computed = None, 0
 
 
+_PREFETCHED = 4
+"""Requests without a place whose adapters are loaded ahead."""
 SCORED_TOKENS = 64
 """Tokens that one step may score; each costs two rows over the whole vocabulary."""
 

@@ -6,7 +6,7 @@ one or several slots, each with a scale. The `SlotTable` decides what is loaded 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -110,7 +110,7 @@ class AdapterSelection:
 
 
 class AdapterSlots(Protocol):
-    """What the scheduler knows of adapters. All three are called on the engine's thread."""
+    """What the scheduler knows of adapters. All are called on the engine's thread."""
 
     def acquire(self, selection: Any) -> bool:
         """Takes a selection's adapters for one sequence; None, the base, is always there.
@@ -122,6 +122,12 @@ class AdapterSlots(Protocol):
 
         Raises:
             AdapterError: it can never be loaded, or loading failed; fails that request only.
+        """
+
+    def prefetch(self, selections: Sequence[Any]) -> None:
+        """Begins to load what those who have no place yet will need, the next in turn first.
+
+        It takes nothing: an adapter may have to go again before its request gets a place.
         """
 
     def release(self, selection: Any) -> None:
@@ -206,6 +212,18 @@ class SlotTable:
         self._rescue(selection, turn)
         turn.asked = self._tick()
         return False
+
+    def prefetch(self, selections: Sequence[AdapterSelection]) -> None:
+        """See `AdapterSlots.prefetch`; while somebody waits for room, that comes first."""
+        promised: set[Slot] = set()
+        for selection in selections:
+            promised.update(selection.slots)
+            missing = [slot for slot in selection.slots if slot.state == "absent"]
+            if self._turns or not self._make_room(sum(slot.size for slot in missing), promised):
+                return
+            for slot in missing:
+                slot.state = "loading"
+            self._starting += missing
 
     def release(self, selection: AdapterSelection) -> None:
         """See `AdapterSlots.release`."""
