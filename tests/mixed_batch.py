@@ -15,7 +15,7 @@ from qlora_serve.adapters.weights import load_weights
 from qlora_serve.serve.engine.blocks import BlockManager
 from qlora_serve.serve.engine.request import GenerationRequest, Sampling, Sequence
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Chunk, Limits
+from qlora_serve.serve.engine.scheduler import Chunk, Limits
 
 
 @dataclass
@@ -45,8 +45,8 @@ def new_sequence(prompt: list[int], adapter: Any) -> Sequence:
 
 def give_blocks(runner: Runner, sequences: list[Sequence], more: int) -> None:
     """Gives each sequence blocks for its prompt and `more` tokens; nothing is shared."""
-    limits = runner.allocate(Limits(len(sequences), 400 * len(sequences), 64, 400))
-    blocks = BlockManager(limits.groups, BLOCK_TOKENS)
+    limits = runner.allocate(Limits(len(sequences), 512 * len(sequences), 64, 400))
+    blocks = BlockManager(limits.groups, limits.block_tokens)
     for number, sequence in enumerate(sequences):
         prompt = sequence.request.prompt
         start = blocks.begin(number, prompt, [0] * len(limits.windows), 64)

@@ -27,6 +27,9 @@ class ServeSettings(Settings):
     """What to compute in; auto is float32 on a CPU, bfloat16 or float16 on a GPU."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    cuda_paths: Literal["auto", "on", "off"] = "auto"
+    """Whether a GPU attends by flash-attn, and decodes by CUDA graphs: auto where flash-attn is
+    installed and fits, on refuses to start without it, off never. Not measured on a GPU yet."""
     host: str = "127.0.0.1"
     """The address to listen on."""
     port: int = Field(default=8000, ge=0, le=65535)

@@ -24,7 +24,7 @@ from qlora_serve.serve.engine.engine import Engine
 from qlora_serve.serve.engine.host_memory import give_back
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
-from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Limits
+from qlora_serve.serve.engine.scheduler import Limits
 from qlora_serve.serve.engine.watch import AdapterFolder
 from qlora_serve.serve.feedback.setup import begin_experiments, check_experiments
 from qlora_serve.serve.logs import set_up_logging
@@ -87,7 +87,7 @@ def build_service(settings: ServeSettings) -> Service:
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
         )
-    runner = Runner(base)
+    runner = Runner(base, settings.cuda_paths)
     limits = _limits(settings, runner)
     memory, host_memory = (
         parse_bytes(size) if size != "auto" else int(free * _ADAPTER_SHARE)
@@ -201,14 +201,14 @@ def _limits(settings: ServeSettings, runner: Runner) -> Limits:
     step_tokens = settings.max_step_tokens or _STEP_TOKENS[base.device.type != "cpu"]
     limits = Limits(
         settings.max_sequences, 0, step_tokens, longest, runner.windows, runner.even_context,
-        settings.prefix_cache,
+        settings.prefix_cache, runner.block_tokens,
     )  # fmt: skip
     limits = limits_within(limits, _kv_bytes(settings, base), runner.token_bytes)
     if limits.longest < 2:
-        one = sum(map(runner.token_bytes, runner.windows)) * BLOCK_TOKENS
+        one = sum(map(runner.token_bytes, runner.windows)) * limits.block_tokens
         raise ConfigError(
-            f"--kv-memory {settings.kv_memory} does not hold one block of {BLOCK_TOKENS} tokens, "
-            f"which takes {one} bytes"
+            f"--kv-memory {settings.kv_memory} does not hold one block of {limits.block_tokens} "
+            f"tokens, which takes {one} bytes"
         )
     return limits
 
@@ -225,7 +225,7 @@ def limits_within(limits: Limits, memory: int, token_bytes: Callable[[int | None
     def takes(tokens: int) -> int:
         trial = replace(limits, cache_tokens=tokens)
         return sum(
-            group.blocks * BLOCK_TOKENS * token_bytes(group.window) for group in trial.groups
+            group.blocks * limits.block_tokens * token_bytes(group.window) for group in trial.groups
         )
 
     # More than this never pays: windowed layers are full by then, and others take the memory.
@@ -297,6 +297,8 @@ def _announce(service: Service, listener: socket.socket) -> None:
     names = ", ".join(service.adapters.names()) or "none"
     failed = [entry for entry in service.adapters.entries() if entry.content is None]
     console.print(f"base: {service.base_name} ({service.base.quantization}, {service.base.dtype})")
+    if service.base.device.type != "cpu":
+        console.print(f"attention: {service.engine.runner.attention}")
     console.print(f"adapters: {names}", soft_wrap=True)
     for experiment in service.feedback.experiments.values():
         shares = ", ".join(f"{label} {share:.0%}" for label, share in experiment.shares)

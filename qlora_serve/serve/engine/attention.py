@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_serve.serve.engine.blocks import Copy
+from qlora_serve.serve.engine.flash import FlashCache
 from qlora_serve.serve.engine.host_memory import huge_pages
 from qlora_serve.serve.engine.kernels.native import Kernels, SpanRows
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS
@@ -178,7 +179,11 @@ class StepContext:
     spans: list[Span] = field(default_factory=list)
     native_spans: NativeSpans | None = None
     """The same for the kernel, where there is one."""
-    cache: KvCache | None = None
+    flash: Any = None
+    """The same for flash-attn, where that attends: a `flash.FlashStep`."""
+    slots: Any = None
+    """The adapters of a step that runs as a graph: a `graphs.GraphSlots`."""
+    cache: KvCache | FlashCache | None = None
     """None while `shapes` are being found: each token then sees those before it, and no more."""
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     """What each layer asks for, by its index."""
@@ -237,6 +242,12 @@ def attention(
         )
         found = attend(query[0], key[0], value[0], 0, scale, sliding_window, softcap)
         return found.transpose(0, 1)[None], None
+    if isinstance(cache, FlashCache):
+        assert context.flash is not None
+        return (
+            context.flash.attend(cache, layer, query, key, value, scale, sliding_window, softcap),
+            None,
+        )
     output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     native = context.native_spans
     if native is not None and query.shape[3] % BLOCK_TOKENS == 0:

@@ -98,6 +98,9 @@ class AdapterLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, rows, in_features] → [1, rows, out_features]"""
         context, base = self._context, self.base
+        if context.slots is not None:
+            changed: Tensor = context.slots.add(self.index, hidden, base(hidden))
+            return changed
         rows = context.output_rows if self._is_output else context.adapter_rows
         updates = None
         output: Tensor
@@ -139,6 +142,12 @@ class AdapterLayers:
             parent = model.get_submodule(parent_name)
             base = getattr(parent, child)
             setattr(parent, child, AdapterLinear(base, index, context, base is output))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(in_features, out_features) of each layer, by its index."""
+        bases = [self._base(name) for name in self._index]
+        return [(int(base.in_features), int(base.out_features)) for base in bases]
 
     def make_resident(
         self, name: str, weights: AdapterWeights, dtype: torch.dtype, device: torch.device

@@ -10,7 +10,16 @@ from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.errors import RequestError
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
+from qlora_serve.serve.engine.flash import (
+    PAGE_TOKENS,
+    CudaPaths,
+    FlashCache,
+    FlashFunctions,
+    FlashStep,
+    choose_flash,
+)
 from qlora_serve.serve.engine.fused import engine_computes, use_fused
+from qlora_serve.serve.engine.graphs import Capture, DecodeGraphs, GraphSlots, capture_cuda
 from qlora_serve.serve.engine.host_memory import Arena, own_memory
 from qlora_serve.serve.engine.int8 import use_rows_of_int8
 from qlora_serve.serve.engine.kernels.native import load_kernels
@@ -23,14 +32,30 @@ from qlora_serve.serve.engine.lora import (
 )
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import sample
-from qlora_serve.serve.engine.scheduler import Chunk, Limits, Step
+from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Chunk, Limits, Step
 from qlora_serve.serve.engine.scoring import Scoring
 
 
 class Runner:
-    """Runs the transformers model's own forward over a mixed batch."""
+    """Runs the transformers model's own forward over a mixed batch.
 
-    def __init__(self, base: LoadedBase) -> None:
+    Args:
+        base: the model.
+        cuda_paths: whether flash-attn and CUDA graphs are used: where they can be, always, never.
+        flash: takes the place of flash-attn's functions, wherever the model is.
+        capture: makes graphs of decoding steps, where flash-attn attends; None for none.
+
+    Raises:
+        ConfigError: `cuda_paths` is on, and flash-attn cannot be used.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        cuda_paths: CudaPaths = "auto",
+        flash: FlashFunctions | None = None,
+        capture: Capture | None = None,
+    ) -> None:
         self.base = base
         self._context = StepContext()
         names = linear_names(build_skeleton(base.source))
@@ -50,6 +75,15 @@ class Runner:
         self.item_bytes = self._dtype.itemsize
         """Bytes of a number in the dtype that is computed in."""
         self._find_shapes()
+        self._flash, self.attention = flash, "flash-attn"
+        self._capture = capture
+        self.graphs: DecodeGraphs | None = None
+        """Of decoding steps, where there are any."""
+        if flash is None:
+            self._flash, self.attention = choose_flash(cuda_paths, self._context.shapes)
+            # The layers of an int8 base ask the device for numbers on the way.
+            if self._flash is not None and base.quantization != "int8":
+                self._capture = capture_cuda
         self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
 
     @property
@@ -75,6 +109,11 @@ class Runner:
         attention = sum(2 * heads * shape.head_dim for shape in self._context.shapes.values())
         return max(1, int(linear) // attention)
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of the cache."""
+        return BLOCK_TOKENS if self._flash is None else PAGE_TOKENS
+
     def release_threads(self) -> None:
         """Ends the calling thread's team of OpenMP threads, so that the engine's is the only one.
 
@@ -85,9 +124,16 @@ class Runner:
 
     def allocate(self, limits: Limits) -> Limits:
         """Makes room for keys and values; returns the limits with this model's windows."""
-        limits = replace(limits, windows=self.windows)
+        limits = replace(limits, windows=self.windows, block_tokens=self.block_tokens)
         blocks = [group.blocks for group in limits.groups]
-        self._context.cache = KvCache(self._context.shapes, self.windows, blocks)
+        kind = KvCache if self._flash is None else FlashCache
+        self._context.cache = kind(self._context.shapes, self.windows, blocks)
+        if self._flash is not None and self._capture is not None:
+            device = self.base.device
+            slots = GraphSlots(self.layers.shapes, limits.max_sequences, self._dtype, device)
+            self.graphs = DecodeGraphs(
+                self._logits, self._context, limits, slots, self._flash.with_cache, self._capture
+            )
         return limits
 
     @torch.inference_mode()
@@ -98,8 +144,16 @@ class Runner:
 
     def resident(self, name: str, weights: Any) -> Any:
         """See `AdapterLayers.make_resident`; not for the engine's own thread."""
+        device = self.base.device
+        if device.type == "cuda":
+            # Copies in a stream of their own run beside decoding; whole before anyone reads them.
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                resident = self.layers.make_resident(name, weights, self._dtype, device)
+            stream.synchronize()
+            return resident
         try:
-            return self.layers.make_resident(name, weights, self._dtype, self.base.device)
+            return self.layers.make_resident(name, weights, self._dtype, device)
         finally:
             self.release_threads()
 
@@ -121,7 +175,7 @@ class Runner:
         return [*faulty, *chosen]
 
     @property
-    def cache(self) -> KvCache:
+    def cache(self) -> KvCache | FlashCache:
         """The keys and values."""
         assert self._context.cache is not None, "allocate() comes first"
         return self._context.cache
@@ -132,6 +186,8 @@ class Runner:
 
         Chunks that are scored leave what was found in their requests' `score`.
         """
+        if self.graphs is not None and (found := self.graphs.run(chunks)) is not None:
+            return found
         context, device = self._context, self.base.device
         ids: list[int] = []
         positions: list[int] = []
@@ -149,7 +205,9 @@ class Runner:
         guests = self._scoring.begin(chunks, [span.last for span in spans])
         kept += range(len(ids), len(ids) + guests)
         context.spans = spans
-        if context.kernels is not None:
+        if self._flash is not None:
+            context.flash = FlashStep(spans, len(self.windows), device, self._flash)
+        elif context.kernels is not None:
             context.native_spans = NativeSpans(spans, len(self.windows))
         context.adapter_rows = rows_by_adapter(
             [(c.count, c.sequence.request.adapter) for c in chunks]
@@ -163,14 +221,11 @@ class Runner:
         if context.kernels is not None:
             context.adapter_updates = native_updates(context.adapter_rows)
             context.output_updates = native_updates(context.output_rows)
-        with engine_computes():
-            output = self.base.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
-            )
-        logits: Tensor = output.logits[0]
+        logits = self._logits(
+            torch.tensor([ids], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(kept, dtype=torch.long, device=device),
+        )
         if self._scoring.is_needed:
             logits = self._scoring.finish(chunks, logits, self._vocabulary)
         if logits.shape[-1] > self._vocabulary:
@@ -178,6 +233,15 @@ class Runner:
             for row, chunk in enumerate(chunk for chunk in chunks if chunk.samples):
                 known = self.vocabulary(chunk.sequence.request.adapter)
                 logits[row, known:] = torch.finfo(logits.dtype).min
+        return logits
+
+    def _logits(self, ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+        """The model's own forward: [1, tokens] ids and positions → logits of the rows to keep."""
+        with engine_computes():
+            output = self.base.model(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept
+            )
+        logits: Tensor = output.logits[0]
         return logits
 
     def check_comparable(self, adapter: Any) -> None:

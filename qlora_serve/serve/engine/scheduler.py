@@ -33,12 +33,15 @@ class Limits:
     there on a step takes fewer tokens of a prompt, so that steps stay equally short."""
     reuse_prefixes: bool = True
     """Whether a prompt that begins like an earlier one takes over its keys and values."""
+    block_tokens: int = BLOCK_TOKENS
+    """Tokens of a block; flash-attn wants larger ones."""
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:
         """The blocks of each group of layers, in the order of `windows`."""
         return tuple(
-            BlockGroup(self.group_tokens(window) // BLOCK_TOKENS, window) for window in self.windows
+            BlockGroup(self.group_tokens(window) // self.block_tokens, window)
+            for window in self.windows
         )
 
     def group_tokens(self, window: int | None) -> int:
@@ -49,16 +52,17 @@ class Limits:
 
     def _windowed(self, window: int) -> int:
         """Tokens of one request that layers of this window hold at once, at most; whole blocks."""
-        return (-(-(window + self.step_tokens) // BLOCK_TOKENS) + 2) * BLOCK_TOKENS
+        blocks = -(-(window + self.step_tokens) // self.block_tokens) + 2
+        return blocks * self.block_tokens
 
     @property
     def longest(self) -> int:
         """Tokens of prompt and answer together that one request may reach."""
         ends = [self.max_length]
         for group in self.groups:
-            held = group.blocks * BLOCK_TOKENS
+            held = group.blocks * self.block_tokens
             # A windowed group gives blocks back on the way, if it holds a window and a bit.
-            if group.window is None or held < group.window + 2 * BLOCK_TOKENS:
+            if group.window is None or held < group.window + 2 * self.block_tokens:
                 ends.append(held)
         return min(ends)
 
@@ -158,7 +162,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, adapters: AdapterSlots | None = None) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.groups, BLOCK_TOKENS, limits.reuse_prefixes)
+        self.blocks = BlockManager(limits.groups, limits.block_tokens, limits.reuse_prefixes)
         self.preemptions = 0
         """How often a running sequence had to give back its place."""
         self._adapters: AdapterSlots = adapters or AlwaysResident()
