@@ -147,6 +147,7 @@ class _Soak:
         self.random = random.Random(seed)
         self.bodies = _bodies()
         self.alone: dict[int, Any] = {}
+        self.compared: Any = None
         self.report = Report(0, 0.0)
         self._left = 0
 
@@ -157,6 +158,7 @@ class _Soak:
                 await self._load(http, number)
             for number, body in enumerate(self.bodies):
                 self.alone[number] = await self._whole(http, body)
+            await self._compare(http)
             for number in range(len(self.bodies)):  # a second time, from the cache of prefixes
                 _equal(number, self.alone[number], await self._whole(http, self.bodies[number]))
         for count in (requests // 10, requests - requests // 10):
@@ -173,8 +175,8 @@ class _Soak:
 
     async def _worker(self, http: httpx.AsyncClient) -> None:
         kinds = {
-            self._ask: 36, self._stream: 22, self._abort: 12, self._slow: 4, self._wrong: 14,
-            self._come_and_go: 6, self._look: 6,
+            self._ask: 35, self._stream: 21, self._abort: 12, self._slow: 4, self._wrong: 14,
+            self._come_and_go: 6, self._look: 6, self._compare: 2,
         }  # fmt: skip
         while self._left > 0:
             self._left -= 1
@@ -252,6 +254,26 @@ class _Soak:
             async for _ in answer.aiter_raw():
                 if self.random.random() < 0.3:
                     return
+
+    async def _compare(self, http: httpx.AsyncClient) -> None:
+        body = {
+            "messages": [{"role": "user", "content": PRIVATE}], "variants": ["base", "a0", "a1"],
+            "temperature": 0, "max_tokens": 12,
+        }  # fmt: skip
+        compared = await http.post("/v1/compare", json=body)
+        self.report.statuses[compared.status_code] += 1
+        if compared.status_code != 200:
+            raise SoakError(f"{compared.status_code} for {body}: {compared.text}")
+        answers = compared.json()["answers"]
+        texts = [(one["text"], one["finish_reason"]) for one in answers]
+        if self.compared is None:
+            self.compared = texts
+        _equal(-1, self.compared, texts)
+        vote = {"id": self.random.choice(answers)["id"], "vote": "best"}
+        voted = await http.post("/v1/feedback", json=vote)
+        self.report.statuses[voted.status_code] += 1
+        if voted.status_code != 200:
+            raise SoakError(f"{voted.status_code} for a vote: {voted.text}")
 
     async def _wrong(self, http: httpx.AsyncClient) -> None:
         large = json.dumps({"prompt": "x" * 5_000_000}).encode()

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 _LAST_BYTES_SECONDS = 5
 """How long clients have to take the last events, once nothing is generated any more."""
 _LOOK_SECONDS = 0.1
+_KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open. uvicorn's 5 s are also what httpx, and with it the openai
+client, keeps one for: a request that is sent just then meets a closed door and is never answered."""
 
 
 def run_until_told(
@@ -29,7 +32,12 @@ def run_until_told(
     Raises:
         EngineStoppedError: the engine broke down; with the reason.
     """
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_BYTES_SECONDS)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+    )
     _Server(config, service, drain_timeout).run(sockets=[listener])
     if service.engine.failure is not None:
         raise EngineStoppedError(f"the engine broke down: {service.engine.failure!r}")

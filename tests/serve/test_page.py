@@ -10,6 +10,8 @@ from playwright.sync_api import expect
 from server_process import running_server
 from tiny_models import write_random_adapter, write_tiny_model
 
+from qlora_serve.serve.keys import add_key
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory) -> Iterator[str]:
@@ -134,30 +136,102 @@ def test_differences_are_the_words_that_the_other_lacks(page, text, other, new) 
 
 
 @needs_chromium
-def test_votes_history_and_standings_stay_in_the_browser(page) -> None:
+def test_the_server_keeps_votes_and_the_browser_the_history(page, chromium, url) -> None:
     _asked(page, "hello fox")
     page.locator("h1").click()
     page.keyboard.press("2")
-    assert page.locator(".answer.chosen h3").inner_text() == "tagging"
+    expect(page.locator(".answer.chosen h3")).to_have_text("tagging")
     _asked(page, "second <b>question</b>")
     page.locator(".answer").nth(0).get_by_role("button", name="Best").click()
-    rows = page.locator("#ranks tbody tr").all_inner_texts()
-    assert [row.split() for row in rows] == [
-        ["base", "1", "2", "50", "%"], ["tagging", "1", "2", "50", "%"],
-        ["tickets", "0", "2", "0", "%"],
+    standings = [
+        ["base", "1", "2", "50 % (9 % to 91 %)"], ["tagging", "1", "2", "50 % (9 % to 91 %)"],
+        ["tickets", "0", "2", "0 % (0 % to 66 %)"],
+    ]  # fmt: skip
+    rows = page.locator("#ranks tbody tr")
+    expect(rows.locator("td").first).to_have_text("base")
+    assert [row.locator("td").all_inner_texts() for row in rows.all()] == standings
+    served = httpx.get(f"{url}/v1/feedback/standings").json()["data"]
+    assert [(one["variant"], one["best"], one["of"]) for one in served] == [
+        ("base", 1, 2), ("tagging", 1, 2), ("tickets", 0, 2)
     ]  # fmt: skip
     page.reload()
     page.wait_for_selector(".variant")
     entries = page.locator("#past li")
-    assert entries.count() == 2
+    expect(entries).to_have_count(2)
     assert "second <b>question</b>" in entries.nth(0).inner_text(), "text stays text"
     entries.nth(1).get_by_role("button").click()
     assert page.input_value("#prompt") == "hello fox"
     assert page.locator(".answer.chosen h3").inner_text() == "tagging"
-    page.keyboard.press("Escape")
+    page.locator(".answer.chosen").get_by_role("button", name="Best").click()  # taken back
+    expect(page.locator(".answer.chosen")).to_have_count(0)
+    expect(rows.nth(0).locator("td")).to_have_text(["base", "1", "1", "100 % (21 % to 100 %)"])
     page.click("#forget")
-    assert page.locator("#past li").count() == 0
-    assert "No votes yet" in page.locator("#ranks").inner_text()
+    expect(entries).to_have_count(0)
+    visitor = chromium.new_context()
+    other = visitor.new_page()
+    other.goto(url)
+    expect(other.locator("#ranks tbody tr").nth(0).locator("td").nth(0)).to_have_text("base")
+    expect(other.locator("#past li")).to_have_count(0)
+    visitor.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A server that asks for keys, with an experiment; its URL, and keys by name."""
+    folder = tmp_path_factory.mktemp("guarded")
+    base = write_tiny_model(folder / "tiny")
+    for number, name in enumerate(("tagging", "tickets")):
+        write_random_adapter(folder / "adapters" / name, base, seed=number)
+    keys = {
+        name: add_key(folder / "keys.json", name=name, **fields)[0]
+        for name, fields in {
+            "asker": {"adapters": ("tag*",)}, "admin": {"scopes": ("infer", "admin")}
+        }.items()
+    }  # fmt: skip
+    with running_server(
+        base, "--adapters-dir", folder / "adapters", "--adapters-poll", "0",
+        "--keys", folder / "keys.json", "--feedback", folder / "feedback.sqlite",
+        "--experiment", "tone=base:1,tickets:3",
+    ) as url:  # fmt: skip
+        yield url, keys
+
+
+@needs_chromium
+def test_a_key_is_asked_for_and_opens_what_it_may(chromium, guarded) -> None:
+    url, keys = guarded
+    context = chromium.new_context()
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    expect(page.locator("#server")).to_have_text("a key is needed")
+    expect(page.locator("#problem")).to_be_hidden()
+    page.fill("#key", "qls-wrong")
+    page.press("#key", "Enter")
+    expect(page.locator("#problem")).to_contain_text("this server wants a key")
+    page.fill("#key", keys["asker"])
+    page.get_by_role("button", name="Use").click()
+    expect(page.locator(".variant")).to_have_count(2)
+    expect(page.locator("#server")).to_have_text("tiny, 1 adapter")
+    _asked(page)
+    page.locator(".answer").nth(1).get_by_role("button", name="Best").click()
+    expect(page.locator("#ranks tbody tr")).to_have_count(2)
+    expect(page.locator("#adapterlist tbody tr")).to_have_count(1)
+    assert page.get_by_role("button", name="Unload tagging").count() == 0
+    expect(page.locator("#load")).to_be_hidden()
+    expect(page.locator("#experiments")).to_be_hidden()
+    assert page.evaluate("localStorage.getItem('key')") is None
+    page.reload()
+    expect(page.locator(".variant")).to_have_count(2)
+    page.get_by_role("button", name="Forget", exact=True).click()
+    expect(page.locator("#server")).to_have_text("a key is needed")
+    page.fill("#key", keys["admin"])
+    page.press("#key", "Enter")
+    expect(page.locator("#adapterlist tbody tr")).to_have_count(2)
+    expect(page.get_by_role("button", name="Unload tagging")).to_be_visible()
+    expect(page.locator("#load")).to_be_visible()
+    cells = page.locator("#experimentlist tbody tr").nth(1).locator("td")
+    expect(cells).to_have_text(["tickets", "75 %", "0", "0", "–", "–"])
+    context.close()
 
 
 @needs_chromium
@@ -199,11 +273,11 @@ def test_a_refusal_is_readable(page) -> None:
 @needs_chromium
 def test_adapters_are_loaded_and_unloaded(page) -> None:
     rows = page.locator("#adapterlist tbody tr")
-    assert rows.count() == 2
-    assert "ready" in rows.nth(0).inner_text()
+    expect(rows).to_have_count(2)
+    expect(rows.nth(0)).to_contain_text("ready")
     page.get_by_role("button", name="Unload tickets").click()
     expect(rows).to_have_count(1)
-    assert page.locator(".variant").count() == 2
+    expect(page.locator(".variant")).to_have_count(2)
     page.fill("#loadname", "tickets")
     page.fill("#loadpath", "/etc")
     page.get_by_role("button", name="Load", exact=True).click()

@@ -83,7 +83,7 @@ class VllmUnloadBody(BaseModel):
 def list_adapters(request: Request) -> dict[str, Any]:
     """In order of name, with the memory that all take together, for keys that see all.
 
-    Where its files are is told to admins only.
+    Where its files are is told to admins only, who may change the list.
     """
     service = _service(request)
     service.adapters.sweep()  # what the last requests of an unloaded name have left
@@ -91,6 +91,7 @@ def list_adapters(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {
         "object": "list",
         "data": [_card(service, entry, slots) for entry in service.entries()],
+        "may_change": current_caller().has("admin"),
     }
     if current_caller().sees_all:  # what all take together tells of those that are hidden
         found["memory"] = {

@@ -5,15 +5,15 @@ import { ask } from "./server.js";
 
 const size = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 
-/** Draws the list; `onChange` is called after something was loaded or unloaded. */
-export function showAdapters(place, problem, adapters, onChange) {
+/** Draws the list, for admins with buttons; `onChange` is called after one has been used. */
+export function showAdapters(place, problem, adapters, mayChange, onChange) {
   if (!adapters.length) {
     place.replaceChildren(make("p", "quiet", "No adapters are loaded: the base answers alone."));
     return;
   }
   const table = make("table");
   const head = table.createTHead().insertRow();
-  for (const name of ["Name", "State", "Where", "Rank", "Size", "Requests", ""]) head.append(make("th", "", name));
+  for (const name of ["Name", "State", "Where", "Rank", "Size", "Requests", ...(mayChange ? [""] : [])]) head.append(make("th", "", name));
   const rows = table.createTBody();
   for (const adapter of adapters) {
     const row = rows.insertRow();
@@ -29,6 +29,7 @@ export function showAdapters(place, problem, adapters, onChange) {
     cell("Rank", adapter.rank ?? "–");
     cell("Size", adapter.size_bytes ? size(adapter.size_bytes) : "–");
     cell("Requests", adapter.requests_in_flight);
+    if (!mayChange) continue;
     const button = make("button", "small", "Unload");
     button.setAttribute("aria-label", `Unload ${adapter.id}`);
     button.addEventListener("click", () => change(problem, button, onChange, `v1/adapters/${encodeURIComponent(adapter.id)}`, "DELETE"));

@@ -1,7 +1,8 @@
-// The page: asking, history, votes, adapters.
+// The page: asking, history, votes, keys.
 
 import { change, showAdapters } from "./adapters.js";
 import { Board, make, newComparison, take } from "./answers.js";
+import { showExperiments, showStandings } from "./results.js";
 import { ask, compare, key, useKey } from "./server.js";
 
 const at = (id) => document.getElementById(id);
@@ -34,7 +35,7 @@ function say(message) {
 function showVariants(base, adapters) {
   const wanted = kept.read("variants", null);
   const labels = [...document.querySelectorAll(".variant label")].map((one) => one.textContent);
-  const names = ["base", ...adapters.filter((one) => one.state !== "failed").map((one) => one.id)];
+  const names = [...(base ? ["base"] : []), ...adapters];
   const rows = names.map((name) => {
     const row = make("div", "variant");
     const label = make("label");
@@ -129,7 +130,7 @@ function show(comparison) {
   board.show(comparison);
 }
 
-// ---- history, votes, standings
+// ---- history and votes
 
 function showPast() {
   const items = past.map((comparison) => {
@@ -147,66 +148,56 @@ function showPast() {
     return item;
   });
   at("past").replaceChildren(...(items.length ? items : [make("p", "quiet", "Nothing yet.")]));
-  showStandings();
 }
 
-function vote(index) {
+/** The server keeps votes; here is only remembered what to show as chosen. */
+async function vote(index) {
   const { comparison } = board;
   const answer = comparison?.answers[index];
   if (!answer?.ending || answer.ending.finish_reason === "error") return;
-  comparison.vote = comparison.vote === index ? null : index;
+  const isTakenBack = comparison.vote === index;
+  try {
+    await ask("v1/feedback", "POST", { id: answer.id, vote: isTakenBack ? "none" : "best" });
+  } catch (error) {
+    return say(error.message);
+  }
+  say("");
+  comparison.vote = isTakenBack ? null : index;
   board.refresh();
   keep();
-  showStandings();
-}
-
-function showStandings() {
-  const counts = new Map();
-  for (const comparison of past) {
-    if (comparison.vote === null) continue;
-    const best = comparison.answers[comparison.vote].variant;
-    for (const name of new Set(comparison.answers.map((one) => one.variant))) {
-      const count = counts.get(name) ?? { name, best: 0, of: 0 };
-      count.of += 1;
-      count.best += name === best;
-      counts.set(name, count);
-    }
-  }
-  if (!counts.size) {
-    at("ranks").replaceChildren(make("p", "quiet", "No votes yet. Choose the best answer of a comparison."));
-    return;
-  }
-  const table = make("table");
-  const head = table.createTHead().insertRow();
-  for (const name of ["Variant", "Best", "Of", "Share"]) head.append(make("th", name === "Variant" ? "" : "number", name));
-  const rows = table.createTBody();
-  const share = (one) => one.best / one.of;
-  for (const one of [...counts.values()].sort((a, b) => share(b) - share(a))) {
-    const row = rows.insertRow();
-    row.append(make("td", "", one.name), make("td", "number", one.best), make("td", "number", one.of), make("td", "number", `${Math.round(100 * share(one))} %`));
-  }
-  at("ranks").replaceChildren(table);
+  await showStandings(at("ranks"));
 }
 
 // ---- adapters
 
-async function loadAdapters() {
+async function loadAll() {
+  let models;
   try {
-    const models = await ask("v1/models");
-    const base = models.data[0].id;
-    at("server").textContent = `${base}, ${models.data.length - 1} adapter${models.data.length === 2 ? "" : "s"}`;
-    let adapters = models.data.slice(1).map((one) => ({ id: one.id, state: "ready" }));
-    at("adapterproblem").hidden = true;
-    try {
-      adapters = (await ask("v1/adapters")).data;
-      showAdapters(at("adapterlist"), at("adapterproblem"), adapters, loadAdapters);
-    } catch (error) { // the list may be for admins only; asking is not
-      at("adapterlist").replaceChildren(make("p", "quiet", `The list cannot be shown: ${error.message}`));
-    }
-    showVariants(base, adapters);
+    models = (await ask("v1/models")).data;
   } catch (error) {
-    at("server").textContent = "not connected";
-    say(error.message);
+    at("server").textContent = error.status === 401 ? "a key is needed" : "not connected";
+    at("keyform").hidden = error.status !== 401;
+    say(error.status === 401 && !key ? "" : error.message);
+    at("variants").replaceChildren(make("p", "quiet", "Nobody yet."));
+    for (const id of ["ranks", "adapterlist"]) at(id).replaceChildren(make("p", "quiet", "Not known yet."));
+    return;
+  }
+  at("keyform").hidden = !key;
+  const base = models[0]?.parent === null ? models[0].id : null;
+  const usable = models.filter((one) => one.parent !== null && !one.experiment);
+  at("server").textContent = `${base ?? models[0]?.root ?? "no model"}, ${usable.length} adapter${usable.length === 1 ? "" : "s"}`;
+  showVariants(base, usable.map((one) => one.id));
+  await Promise.all([loadAdapters(), showStandings(at("ranks")), showExperiments(at("experiments"), at("experimentlist"))]);
+}
+
+async function loadAdapters() {
+  at("adapterproblem").hidden = true;
+  try {
+    const { data, may_change: mayChange } = await ask("v1/adapters");
+    at("load").hidden = !mayChange;
+    showAdapters(at("adapterlist"), at("adapterproblem"), data, mayChange, loadAll);
+  } catch (error) {
+    at("adapterlist").replaceChildren(make("p", "quiet", `The list cannot be shown: ${error.message}`));
   }
 }
 
@@ -214,14 +205,15 @@ async function loadAdapters() {
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 at("stop").addEventListener("click", () => running?.abort());
-at("refresh").addEventListener("click", loadAdapters);
+at("refresh").addEventListener("click", loadAll);
 at("key").value = key;
-at("key").addEventListener("change", () => { useKey(at("key").value); loadAdapters(); });
+at("keyform").addEventListener("submit", (event) => { event.preventDefault(); useKey(at("key").value.trim()); loadAll(); });
+at("nokey").addEventListener("click", () => { at("key").value = ""; useKey(""); loadAll(); });
 at("forget").addEventListener("click", () => { past = []; keep(); showPast(); });
 at("load").addEventListener("submit", async (event) => {
   event.preventDefault();
   const body = { name: at("loadname").value, ...(at("loadpath").value ? { path: at("loadpath").value } : {}) };
-  const done = await change(at("adapterproblem"), event.submitter ?? at("refresh"), loadAdapters, "v1/adapters", "POST", body);
+  const done = await change(at("adapterproblem"), event.submitter ?? at("refresh"), loadAll, "v1/adapters", "POST", body);
   if (done) at("load").reset();
 });
 for (const radio of document.querySelectorAll('input[name="mark"]')) {
@@ -236,4 +228,4 @@ document.addEventListener("keydown", (event) => {
 });
 for (const [id, value] of Object.entries(kept.read("settings", {}))) if (at(id)) at(id).value = value;
 showPast();
-await loadAdapters();
+await loadAll();
