@@ -1,4 +1,4 @@
-"""Tiny bases whose chat templates teach tool calls, in three families' formats."""
+"""Tiny bases whose chat templates teach tool calls, in four families' formats."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,18 @@ MISTRAL = (
     + "{% endfor %}" + _END
 )  # fmt: skip
 
-TEMPLATES = {"hermes": HERMES, "llama3": LLAMA, "mistral": MISTRAL}
+MISTRAL_NAMED = (
+    "{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson }}{% endif %}{% for m in messages %}"
+    + _TURN.replace(
+        "CALL",
+        "{{ '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}",
+    )
+    + "{% endfor %}" + _END
+)  # fmt: skip
+
+TEMPLATES = {
+    "hermes": HERMES, "llama3": LLAMA, "mistral": MISTRAL, "mistral-named": MISTRAL_NAMED
+}  # fmt: skip
 
 
 def write_tool_base(folder: Path, family: str) -> Path:
@@ -53,7 +64,10 @@ def write_tool_base(folder: Path, family: str) -> Path:
     if family == "hermes":
         tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     else:
-        marker = {"llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}[family]
-        tokenizer.add_tokens([marker], special_tokens=True)
+        markers = {
+            "llama3": ["<|python_tag|>"], "mistral": ["[TOOL_CALLS]"],
+            "mistral-named": ["[TOOL_CALLS]", "[ARGS]"],
+        }[family]  # fmt: skip
+        tokenizer.add_tokens(markers, special_tokens=True)
     tokenizer.save_pretrained(folder)
     return folder

@@ -17,8 +17,8 @@ _LAST_BYTES_SECONDS = 5
 """How long clients have to take the last events, once nothing is generated any more."""
 _LOOK_SECONDS = 0.1
 _KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection stays open. uvicorn's 5 s are also what httpx, and with it the openai
-client, keeps one for: a request that is sent just then meets a closed door and is never answered."""
+"""How long an idle connection stays open. uvicorn's 5 s are also what httpx, and with it the
+openai client, keeps one for: a request that is sent just then meets a closed door."""
 
 
 def run_until_told(

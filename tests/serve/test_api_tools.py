@@ -1,4 +1,4 @@
-"""Tools through the openai client: rendered, called, read back, in three families' formats."""
+"""Tools through the openai client: rendered, called, read back, in four families' formats."""
 
 import json
 
@@ -154,7 +154,7 @@ def test_auto_with_strict_functions_lets_no_wrong_call_through(family) -> None:
         with pytest.raises(AssertionError, match="strict functions need tool_choice"):
             post(url, body, ChatCompletion)
         return
-    marker = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]"}[name]
+    marker = "<tool_call>" if name == "hermes" else "[TOOL_CALLS]"
     # A bias brings the model to begin a call sooner or later; the grammar makes it a right one.
     body["logit_bias"] = {str(service.base.tokenizer.convert_tokens_to_ids(marker)): 6}
     answer = post(url, body, ChatCompletion)

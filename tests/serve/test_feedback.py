@@ -174,6 +174,11 @@ def test_memory_forgets_the_oldest(monkeypatch) -> None:
     for number in range(10):
         store.add([_answered(number)])
     assert [row["id"] for row in store.rows(["id"])] == ["a7", "a8", "a9"]
+    monkeypatch.setattr("qlora_serve.serve.feedback.store._BYTES_IN_MEMORY", 1000)
+    store.add(
+        [_answered(10, prompt={"text": "x" * 500}), _answered(11, prompt={"text": "y" * 500})]
+    )
+    assert [row["id"] for row in store.rows(["id"])] == ["a11"]
 
 
 def test_several_processes_may_write_one_file(tmp_path) -> None:

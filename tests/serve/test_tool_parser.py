@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_serve.serve.api.tool_format import _HERMES, _LLAMA, _MISTRAL
+from qlora_serve.serve.api.tool_format import _HERMES, _LLAMA, _MISTRAL, _MISTRAL_NAMED
 from qlora_serve.serve.api.tool_parser import ToolParser, whole_calls
 
 F = '{"name": "f", "arguments": {"a": [1, {"b": "} \\" {"}]}}'
@@ -40,6 +40,15 @@ CASES = [
     (_MISTRAL, "[TOOL_CALLS] [1]", "[TOOL_CALLS] [1]", []),
     (_MISTRAL, '[TOOL_CALLS][{"a": 1}]', '[TOOL_CALLS][{"a": 1}]', []),
     (_MISTRAL, "plain [TOOL", "plain [TOOL", []),
+    (_MISTRAL_NAMED, f"[TOOL_CALLS]f[ARGS]{FA}", "", [("f", FA)]),
+    (_MISTRAL_NAMED, f"So [TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{FA}[TOOL_CALLS]g[ARGS] {{}}\n",
+     "So", [("f", FA), ("g", "{}")]),
+    (_MISTRAL_NAMED, f"[TOOL_CALLS]g[ARGS]{{}} and {FA}", f" and {FA}", [("g", "{}")]),
+    (_MISTRAL_NAMED, "[TOOL_CALLS]f{}", "[TOOL_CALLS]f{}", []),
+    (_MISTRAL_NAMED, "[TOOL_CALLS]f g[ARGS]{}", "[TOOL_CALLS]f g[ARGS]{}", []),
+    (_MISTRAL_NAMED, "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]", []),
+    (_MISTRAL_NAMED, "[TOOL_CALLS]? [TOOL_CALLS]g[ARGS]{}", "[TOOL_CALLS]?", [("g", "{}")]),
+    (_MISTRAL_NAMED, "[TOOL_CALLS]" + "x" * 300, "[TOOL_CALLS]" + "x" * 300, []),
     (_LLAMA, P, "", [("f", FA)]),
     (_LLAMA, f"<|python_tag|>{P}; {G}", "", [("f", FA), ("g", "{}")]),
     (_LLAMA, f"\n {P}\n", "", [("f", FA)]),
@@ -76,10 +85,11 @@ def test_any_cut_gives_the_same(case, lengths) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(
-    st.sampled_from([_HERMES, _MISTRAL, _LLAMA]),
+    st.sampled_from([_HERMES, _MISTRAL, _MISTRAL_NAMED, _LLAMA]),
     st.lists(
         st.sampled_from(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", F, P, "{",
-                         "}", "[", '"', "\\", " ", "x", '{"name": "f", "arguments": {']),
+                         "}", "[", '"', "f[ARGS]", "[ARGS]", "\\", " ", "x",
+                         '{"name": "f", "arguments": {']),
         max_size=8,
     ).map("".join),
 )  # fmt: skip
@@ -102,3 +112,9 @@ def test_only_one_call_is_kept_where_only_one_is_wanted() -> None:
     text = f"<tool_call>{F}</tool_call><tool_call>{G}</tool_call>"
     assert _read(_HERMES, [text], only_one=True)[1] == [("f", FA)]
     json.loads(FA)
+
+
+def test_the_models_own_id_is_kept() -> None:
+    parser = ToolParser(_MISTRAL_NAMED)
+    first, *_ = parser.feed("[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}")
+    assert (first.name, first.call_id) == ("f", "abcdefghi")

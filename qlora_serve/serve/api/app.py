@@ -29,6 +29,13 @@ from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.door import Door
 from qlora_serve.serve.api.service import Service
 
+_READABLE = [
+    "x-request-id", "retry-after", "x-experiment", "x-experiment-variant",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset")
+      for of in ("requests", "tokens")),
+]  # fmt: skip
+"""Headers that pages of other origins may read, where they may call at all."""
+
 
 def create_app(service: Service) -> FastAPI:
     """The application that serves `service`, which it starts and closes."""
@@ -59,7 +66,7 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=list(service.limits.cors_origins),
             allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=_READABLE,
         )
     errors.install(app)
     app.include_router(adapters.router)  # which says itself what is for admins

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from qlora_serve.serve.api.answers import ChatAnswer, whole_or_stream
 from qlora_serve.serve.api.chat_body import ChatRequest
 from qlora_serve.serve.api.chat_prompt import prepare_chat
+from qlora_serve.serve.api.event_stream import json_text
 from qlora_serve.serve.api.generation import (
     Gathered,
     StreamWriter,
@@ -71,6 +72,7 @@ class _Answer(StreamWriter):
         self._requests = requests
         self._parsers: list[ToolParser] = []
         self._common = {"id": answer_id, "created": int(time.time()), "model": model}
+        self._around = [self._split_chunk(index) for index in range(len(requests))]
 
     def read_calls(self, form: ToolFormat) -> None:
         """From now on, tool calls are read out of the text."""
@@ -114,7 +116,10 @@ class _Answer(StreamWriter):
         """A chunk for each event, and for each part of a tool call."""
         logprobs = None if isinstance(event, Finished) else self._logprobs(event.logprobs)
         if not self._parsers:
-            if isinstance(event, Delta):
+            if isinstance(event, Delta) and logprobs is None:
+                before, behind = self._around[number]
+                yield f"{before}{json_text(event.text)}{behind}"
+            elif isinstance(event, Delta):
                 yield self._chunk(number, {"content": event.text}, logprobs)
         else:
             parser = self._parsers[number]
@@ -141,6 +146,11 @@ class _Answer(StreamWriter):
                reason: str | None = None) -> str:  # fmt: skip
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._json([choice])
+
+    def _split_chunk(self, index: int) -> tuple[str, str]:
+        """What stands before and behind the text of a chunk, which is all that changes in most."""
+        before, _, behind = self._chunk(index, {"content": "TEXT"}).rpartition('"TEXT"')
+        return before, behind
 
     def _json(self, choices: list[Any], **more: Any) -> str:
         chunk = {**self._common, "object": "chat.completion.chunk", "choices": choices, **more}

@@ -3,13 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse
 
 from qlora_serve.errors import EngineStoppedError, RequestTimeoutError
 from qlora_serve.serve.api.access import require_scope
@@ -18,6 +17,7 @@ from qlora_serve.serve.api.chat_prompt import prepare_chat
 from qlora_serve.serve.api.compare_body import CompareRequest, as_variant
 from qlora_serve.serve.api.comparison import Comparison, Contender
 from qlora_serve.serve.api.errors import error_body
+from qlora_serve.serve.api.event_stream import EventStream
 from qlora_serve.serve.api.generation import until_gone
 from qlora_serve.serve.api.service import Service
 
@@ -84,20 +84,19 @@ async def _stream(comparison: Comparison) -> Response:
     running = comparison.run()
     events = await running.__aenter__()
 
-    async def written() -> AsyncIterator[str]:
+    async def written() -> AsyncGenerator[list[str], None]:
         try:
-            yield _json(comparison.start())
+            yield [_json(comparison.start())]
             async with aclosing(events) as happening:
                 async for event in happening:
-                    yield _json(event)
-            yield _json({"type": "done", "usage": comparison.usage()})
-            yield "[DONE]"
+                    yield [_json(event)]
+            yield [_json({"type": "done", "usage": comparison.usage()}), "[DONE]"]
         except RequestTimeoutError as error:  # after the first byte, errors are events
-            yield _json(error_body(str(error), "server_error"))
+            yield [_json(error_body(str(error), "server_error"))]
         finally:
             await running.__aexit__(None, None, None)
 
-    return EventSourceResponse(written(), sep="\n")
+    return EventStream(written())
 
 
 def _json(event: dict[str, Any]) -> str:

@@ -168,20 +168,21 @@ class Comparison:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _events(
-        self, answers: AsyncIterator[tuple[int, Event]], began: float
+        self, answers: AsyncIterator[list[tuple[int, Event]]], began: float
     ) -> AsyncGenerator[dict[str, Any], None]:
         happened: asyncio.Queue[dict[str, Any] | Exception] = asyncio.Queue()
         missing = len(self.contenders)
 
         async def generate() -> None:
             try:
-                async for number, event in answers:
-                    for told in self._generated(self.contenders[number], event, began):
-                        happened.put_nowait(told)
-                    if not isinstance(event, Finished | Failed):
-                        continue
-                    self._keep(self.contenders[number])
-                    self._tasks.append(asyncio.create_task(score(self.contenders[number])))
+                async for batch in answers:
+                    for number, event in batch:
+                        one = self.contenders[number]
+                        for told in self._generated(one, event, began):
+                            happened.put_nowait(told)
+                        if isinstance(event, Finished | Failed):
+                            self._keep(one)
+                            self._tasks.append(asyncio.create_task(score(one)))
             except QloraServeError as error:
                 happened.put_nowait(error)
 

@@ -22,14 +22,15 @@ class CompletionRequest(SamplingBody):
 
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
-    max_tokens: int | None = Field(default=16, ge=1)
-    """The most tokens to generate."""
+    max_tokens: int | None = Field(default=16, ge=0)
+    """The most tokens to generate; 0 with `echo`, to look at the prompt alone."""
     best_of: int | None = Field(default=None, ge=1)
     """Generate this many and keep the `n` with the highest log-probability per token."""
     echo: bool = False
     """Put the prompt before the answer."""
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    """Report each token's log-probability and those of this many likeliest tokens."""
+    """Report each token's log-probability and those of this many likeliest tokens; with `echo` the
+    prompt's tokens too, for which the first has none."""
 
     @model_validator(mode="after")
     def _completion_consistent(self) -> "CompletionRequest":
@@ -40,11 +41,8 @@ class CompletionRequest(SamplingBody):
                 raise refused(
                     "best_of", "best_of cannot be streamed: the best is known only at the end"
                 )
-        if self.echo and self.logprobs is not None:
-            raise refused(
-                "logprobs",
-                "echo with logprobs is not supported: the prompt's log-probabilities are not kept",
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "max_tokens=0 gives nothing at all without echo=true")
         return self
 
     @property

@@ -3,14 +3,16 @@
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
 from qlora_serve.serve.api.answers import TextAnswer, whole_or_stream
 from qlora_serve.serve.api.completion_body import CompletionRequest
+from qlora_serve.serve.api.event_stream import EventStream, json_text
 from qlora_serve.serve.api.generation import (
     Gathered,
     StreamWriter,
@@ -19,15 +21,23 @@ from qlora_serve.serve.api.generation import (
     check_caps,
     make_requests,
     total_usage,
+    until_gone,
     usage_body,
 )
-from qlora_serve.serve.api.logprobs import completion_logprobs
+from qlora_serve.serve.api.logprobs import completion_logprobs, joined_logprobs
+from qlora_serve.serve.api.prompt_logprobs import prompt_logprobs
 from qlora_serve.serve.api.service import Service, own_tokens
 from qlora_serve.serve.api.structured import structured_guide
 from qlora_serve.serve.api.token_text import TokenTexts
 from qlora_serve.serve.api.trial import Described, Recorder, choose
 from qlora_serve.serve.engine.guide import Guide
-from qlora_serve.serve.engine.request import Delta, Finished, GenerationRequest, Usage
+from qlora_serve.serve.engine.request import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    TokenLogprobs,
+    Usage,
+)
 from qlora_serve.serve.engine.slots import AdapterSelection
 
 router = APIRouter()
@@ -57,6 +67,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     name = adapter.name if adapter else service.base_name
     answer = _Answer(service.texts_of(adapter), body, answer_id, name)
     answer.requests, answer.echoes = requests, echoes
+    if body.echo and body.logprobs is not None:
+        looking = prompt_logprobs(service, requests[::each], body.logprobs, answer.texts)
+        found = await until_gone(request, looking)
+        if found is None:
+            return Response(status_code=499)  # the client has gone; nobody reads this
+        answer.echoed = found
+    if body.max_tokens == 0:
+        return _prompts_alone(answer, body)
     recorder = None
     if trial is not None:
         texts = [await _text(service, prompt, adapter) for prompt in body.prompts]
@@ -65,6 +83,20 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     if body.stream:
         return await answer_stream(service, requests, answer, recorder)
     return await answer_whole(request, service, requests, answer.whole, recorder)
+
+
+def _prompts_alone(answer: "_Answer", body: CompletionRequest) -> Response:
+    """The answer to `max_tokens=0`: nothing is generated."""
+    endings = [Finished("length", Usage(len(one.prompt), 0)) for one in answer.requests]
+    if not body.stream:
+        return JSONResponse(answer.whole([Gathered(ending=ending) for ending in endings]))
+    usage = total_usage(answer.requests, endings)
+    ends = [chunk for number, end in enumerate(endings) for chunk in answer.event(number, end)]
+
+    async def events() -> AsyncGenerator[list[str], None]:
+        yield [*answer.head(), *ends, *answer.tail(usage)]
+
+    return EventStream(events())
 
 
 async def _guide(
@@ -92,10 +124,13 @@ class _Answer(StreamWriter):
     """The shape of an answer, whole or in chunks."""
 
     def __init__(self, texts: TokenTexts, body: CompletionRequest, answer_id: str, model: str):
-        self._texts = texts
+        self.texts = texts
         self._body = body
         self.requests: list[GenerationRequest] = []
         self.echoes: list[str] = []
+        self._around: dict[int, tuple[str, str]] = {}
+        self.echoed: list[dict[str, Any]] = []
+        """The log-probabilities of each prompt, where they belong to the answer."""
         self._common = {
             "id": answer_id,
             "object": "text_completion",
@@ -109,9 +144,9 @@ class _Answer(StreamWriter):
         for prompt, number in self._kept(gathered):
             one = gathered[number]
             assert isinstance(one.ending, Finished)
-            logprobs = None
-            if self._body.logprobs is not None:
-                logprobs = completion_logprobs(self._texts, one.logprobs, one.offsets)
+            logprobs = self._logprobs(prompt, one.logprobs, one.offsets)
+            if self.echoed:
+                logprobs = joined_logprobs(self.echoed[prompt], logprobs)
             choices.append(
                 {
                     "index": len(choices),
@@ -141,17 +176,36 @@ class _Answer(StreamWriter):
     def head(self) -> Iterable[str]:
         """With `echo`, a chunk with the prompt for each choice."""
         for number in range(len(self.requests) if self._body.echo else 0):
-            yield self._chunk(number, self.echoes[number // self._body.n])
+            prompt = number // self._body.n
+            logprobs = self.echoed[prompt] if self.echoed else None
+            yield self._chunk(number, self.echoes[prompt], logprobs)
 
     def event(self, number: int, event: Delta | Finished) -> Iterable[str]:
         """A chunk for each event."""
         if isinstance(event, Finished):
             yield self._chunk(number, "", reason=event.reason)
             return
-        logprobs = None
-        if self._body.logprobs is not None:
-            logprobs = completion_logprobs(self._texts, event.logprobs, event.offsets)
+        if self._body.logprobs is None:
+            before, behind = self._split_chunk(number)
+            yield f"{before}{json_text(event.text)}{behind}"
+            return
+        logprobs = self._logprobs(number // self._body.n, event.logprobs, event.offsets)
         yield self._chunk(number, event.text, logprobs)
+
+    def _split_chunk(self, number: int) -> tuple[str, str]:
+        """What stands before and behind the text of a chunk, which is all that changes in most."""
+        if number not in self._around:
+            before, _, behind = self._chunk(number, "TEXT").rpartition('"TEXT"')
+            self._around[number] = before, behind
+        return self._around[number]
+
+    def _logprobs(
+        self, prompt: int, tokens: Sequence[TokenLogprobs], offsets: Sequence[int]
+    ) -> Any:
+        if self._body.logprobs is None:
+            return None
+        shift = len(self.echoes[prompt])  # where the answer begins in the text
+        return completion_logprobs(self.texts, tokens, [shift + offset for offset in offsets])
 
     def tail(self, usage: Usage) -> Iterable[str]:
         """The counts, when they were asked for, and the end."""

@@ -2,17 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from sse_starlette import EventSourceResponse
 
 from qlora_serve.errors import RequestError, RequestTimeoutError
 from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.errors import error_body
+from qlora_serve.serve.api.event_stream import Data, EventStream
 from qlora_serve.serve.api.schemas import SamplingBody
 from qlora_serve.serve.api.service import Service
 from qlora_serve.serve.engine.request import (
@@ -166,15 +166,16 @@ async def answer_whole(
 
 
 async def _gather(
-    events: AsyncIterator[tuple[int, Event]], count: int, watcher: Watcher | None
+    batches: AsyncIterator[list[tuple[int, Event]]], count: int, watcher: Watcher | None
 ) -> list[Gathered]:
     gathered = [Gathered() for _ in range(count)]
-    async for number, event in events:
-        gathered[number].add(event)
-        if watcher is not None:
-            watcher.event(number, event)
-        if isinstance(event, Failed):
-            break  # leaving aborts the others
+    async for batch in batches:
+        for number, event in batch:
+            gathered[number].add(event)
+            if watcher is not None:
+                watcher.event(number, event)
+            if isinstance(event, Failed):
+                return gathered  # leaving aborts the others
     return gathered
 
 
@@ -198,19 +199,19 @@ async def until_gone(request: Request, work: Any) -> Any:
 class StreamWriter:
     """How a stream of events is written; each method gives the data of SSE events."""
 
-    def head(self) -> Iterable[Any]:
+    def head(self) -> Iterable[Data]:
         """Before anything was generated."""
         return ()
 
-    def event(self, number: int, event: Delta | Finished) -> Iterable[Any]:
+    def event(self, number: int, event: Delta | Finished) -> Iterable[Data]:
         """What one event of choice `number` becomes."""
         raise NotImplementedError
 
-    def failed(self, event: Failed) -> Iterable[Any]:
+    def failed(self, event: Failed) -> Iterable[Data]:
         """The last events, when something broke."""
         return [json.dumps(error_body(event.message, "server_error"))]
 
-    def tail(self, usage: Usage) -> Iterable[Any]:
+    def tail(self, usage: Usage) -> Iterable[Data]:
         """After every choice has ended."""
         return ["[DONE]"]
 
@@ -227,36 +228,31 @@ async def answer_stream(
     """
     # Entered before the first byte is sent, so that a refusal is still a plain 400.
     running = service.generate_all(requests)
-    events = await running.__aenter__()
+    batches = await running.__aenter__()
 
-    async def written() -> AsyncIterator[Any]:
+    async def events() -> AsyncGenerator[Iterable[Data], None]:
         endings: dict[int, Finished] = {}
         try:
-            for item in writer.head():
-                yield item
-            async for number, event in events:
-                if watcher is not None:
-                    watcher.event(number, event)
-                if isinstance(event, Failed):
-                    for item in writer.failed(event):
-                        yield item
-                    return
-                if isinstance(event, Finished):
-                    endings[number] = event
-                for item in writer.event(number, event):
-                    yield item
-            for item in writer.tail(
-                total_usage(requests, [endings[n] for n in range(len(requests))])
-            ):
-                yield item
+            yield writer.head()
+            async for batch in batches:
+                ready: list[Data] = []
+                for number, event in batch:
+                    if watcher is not None:
+                        watcher.event(number, event)
+                    if isinstance(event, Failed):
+                        yield [*ready, *writer.failed(event)]
+                        return
+                    if isinstance(event, Finished):
+                        endings[number] = event
+                    ready += writer.event(number, event)
+                yield ready
+            yield writer.tail(total_usage(requests, [endings[n] for n in range(len(requests))]))
         except RequestTimeoutError as error:  # after the first byte, errors are events
-            for item in writer.failed(Failed(str(error), Usage(0, 0))):
-                yield item
+            yield writer.failed(Failed(str(error), Usage(0, 0)))
         finally:
             await running.__aexit__(None, None, None)
 
-    headers = watcher.headers if watcher is not None else None
-    return EventSourceResponse(written(), headers=headers, sep="\n")
+    return EventStream(events(), watcher.headers if watcher is not None else None)
 
 
 def total_usage(

@@ -51,3 +51,8 @@ def completion_logprobs(
         "top_logprobs": likeliest,
         "text_offset": list(offsets),
     }
+
+
+def joined_logprobs(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Several of `completion_logprobs`, one behind the other."""
+    return {name: [item for part in parts for item in part[name]] for name in parts[0]}

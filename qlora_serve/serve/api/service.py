@@ -16,6 +16,7 @@ from qlora_serve.base.tokenizer import encode_text, render_chat
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
 from qlora_serve.serve.api.access import KeyRing
 from qlora_serve.serve.api.caller import current_caller
+from qlora_serve.serve.api.courier import Courier, Mailbox
 from qlora_serve.serve.api.feedback_log import FeedbackLog
 from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.metrics import Metrics
@@ -54,6 +55,7 @@ class Service:
     feedback: FeedbackLog = field(default_factory=FeedbackLog)
     """Experiments, votes and scores."""
     started: int = field(default_factory=lambda: int(time.time()))
+    _courier: Courier = field(default_factory=Courier)
     # One thread: templates and tokenization stay off the event loop, and a fast tokenizer is not
     # meant to be used from several threads at once.
     _tokenizing: ThreadPoolExecutor = field(
@@ -315,16 +317,18 @@ class Service:
         async with self.generate_all([request]) as numbered:
 
             async def events() -> AsyncIterator[Event]:
-                async for _, event in numbered:
-                    yield event
+                async for batch in numbered:
+                    for _, event in batch:
+                        yield event
 
             yield events()
 
     @asynccontextmanager
     async def generate_all(
         self, requests: Sequence[GenerationRequest]
-    ) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
-        """Submits requests and gives their events, with the request's place, until all have ended.
+    ) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
+        """Submits requests and gives their events, with the request's place, until all have ended:
+        each time all that have come.
 
         Leaving the block early, by an exception or because the client went away, aborts them all.
 
@@ -335,20 +339,17 @@ class Service:
             RateLimitedError: the caller's key has used its tokens.
             RequestTimeoutError: from the events, when waiting or running took too long.
         """
-        events: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
+        mailbox = Mailbox()
         loop = asyncio.get_running_loop()
 
         def deliver_as(number: int) -> Callable[[Event], None]:
-            def deliver(event: Event) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (number, event))
+            return lambda event: self._courier.send(loop, mailbox, (number, event))
 
-            return deliver
-
-        passage = self.traffic.enter(requests, events.put_nowait, current_caller().quota)
+        passage = self.traffic.enter(requests, mailbox.put, current_caller().quota)
         try:
             for number, request in enumerate(requests):
                 self.engine.submit(request, deliver_as(number))
-            async with aclosing(_until_all_end(events, len(requests), passage)) as stream:
+            async with aclosing(_until_all_end(mailbox, len(requests), passage)) as stream:
                 yield stream
         finally:
             passage.leave()
@@ -374,16 +375,18 @@ class Service:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
 
-async def _until_all_end(
-    events: asyncio.Queue[tuple[int, Event] | Exception], count: int, passage: Passage
-) -> Any:
+async def _until_all_end(mailbox: Mailbox, count: int, passage: Passage) -> Any:
     while count:
-        item = await events.get()
-        if isinstance(item, Exception):
-            raise item
-        passage.event(*item)
-        count -= not isinstance(item[1], Delta)
-        yield item
+        batch: list[tuple[int, Event]] = []
+        for item in await mailbox.take():
+            if isinstance(item, Exception):
+                if batch:
+                    yield batch
+                raise item
+            passage.event(*item)
+            count -= not isinstance(item[1], Delta)
+            batch.append(item)
+        yield batch
 
 
 def own_tokens(adapter: AdapterSelection | None) -> AdapterTokens | None:

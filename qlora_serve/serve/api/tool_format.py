@@ -26,17 +26,27 @@ class ToolFormat:
     """Whether the calls are one JSON list."""
     sign: str
     """Text by which a chat template of this family is known."""
+    separator: str = ""
+    """What stands between a call's name and its arguments, where the name is not part of the
+    JSON."""
+    id_mark: str = ""
+    """What stands between the name and the call's id, in templates that write one."""
 
 
 _HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", False, "<tool_call>")
 _MISTRAL = ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", True, "[TOOL_CALLS]")
+# Mistral's from version 11 on: the name, then the arguments; in between, for a while, an id.
+_MISTRAL_NAMED = ToolFormat(
+    "mistral-named", "[TOOL_CALLS]", "", "", False, "[ARGS]", "[ARGS]", "[CALL_ID]"
+)
 _LLAMA = ToolFormat(
     "llama3", "", "", "parameters", False, '"parameters": dictionary of argument name'
 )
+_FORMATS = (_HERMES, _MISTRAL_NAMED, _MISTRAL, _LLAMA)
 LLAMA_TAG = "<|python_tag|>"
 """Llama may write this before a call."""
-# Templates of formats that share a sign with one of ours: Qwen3-Coder's XML, Mistral's from v11 on.
-_OTHER_SIGNS = ("<function=", "[ARGS]")
+# Templates of formats that share a sign with one of ours: Qwen3-Coder's XML.
+_OTHER_SIGNS = ("<function=",)
 
 
 def tool_format(tokenizer: Any) -> ToolFormat | None:
@@ -49,7 +59,7 @@ def tool_format(tokenizer: Any) -> ToolFormat | None:
         return None
     # Templates quote inside of strings in either way.
     plain = template.replace('\\"', '"')
-    return next((f for f in (_HERMES, _MISTRAL, _LLAMA) if f.sign in plain), None)
+    return next((f for f in _FORMATS if f.sign in plain), None)
 
 
 def need_tool_format(tokenizer: Any) -> ToolFormat:
@@ -62,8 +72,8 @@ def need_tool_format(tokenizer: Any) -> ToolFormat:
     if found is None:
         raise RequestError(
             "tools are not supported by this base: its chat template has none of the formats that "
-            "this server reads (Hermes/Qwen <tool_call>, Mistral [TOOL_CALLS] with a list, Llama 3 "
-            "JSON)",
+            "this server reads (Hermes/Qwen <tool_call>, Mistral [TOOL_CALLS] with a list or with "
+            "[ARGS], Llama 3 JSON)",
             param="tools",
         )
     return found
@@ -71,7 +81,9 @@ def need_tool_format(tokenizer: Any) -> ToolFormat:
 
 def visible_tokens(form: ToolFormat, tokenizer: Any) -> tuple[int, ...]:
     """Special tokens that must be part of the text, because the format is read from them."""
-    markers = (form.opening, form.closing) if form is not _LLAMA else (LLAMA_TAG,)
+    markers = [form.opening, form.closing, form.separator, form.id_mark]
+    if form is _LLAMA:
+        markers = [LLAMA_TAG]
     ids = [_token_id(tokenizer, marker) for marker in markers if marker]
     return tuple(token for token in ids if token is not None)
 
@@ -109,7 +121,9 @@ def _grammar(
     is_free_text_marker = opening.startswith('"') and not is_forced
     if is_free_text_marker:  # the marker is spelled out: the text before it ends where it does
         opening = "marked"
-    if form.is_list:
+    if form.separator:
+        calls = f"{opening} one"
+    elif form.is_list:
         calls = f'{opening} "[" one (", " one)* "]"' if several else f'{opening} "[" one "]"'
     elif form.opening:
         calls = f'{opening} "\\n" one "\\n" {closing}'
@@ -124,12 +138,18 @@ def _grammar(
             rules.append("start: (TEXT call)* TEXT")
     elif several and form.closing:
         rules.append(r'start: call ("\n" call)*')
+    elif several and form.separator:
+        rules.append("start: call+")
     else:
         rules.append("start: call")
     rules.append("one: " + " | ".join(f"one_{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
         schema = _call_schema(form, tool, keep_parameters=is_forced or tool.function.strict)
-        rules.append(f"one_{number}: %json {json.dumps(schema)}")
+        name = ""
+        if form.separator:
+            separator = _terminal(tokenizer, form.separator)
+            name = f"{json.dumps(tool.function.name)} {separator} "
+        rules.append(f"one_{number}: {name}%json {json.dumps(schema)}")
     return "\n".join(rules)
 
 
@@ -142,13 +162,16 @@ def _call_schema(form: ToolFormat, tool: Tool, keep_parameters: bool) -> dict[st
                 f"{reference!r}",
                 param="tools",
             )
+    space = {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
+    if form.separator:
+        return parameters | space
     properties = {"name": {"const": tool.function.name}, form.arguments_key: parameters}
     schema: dict[str, Any] = {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
-        "x-guidance": {"whitespace_pattern": JSON_SPACE},
+        **space,
     }
     # References in the parameters point to their own root, which is no longer the schema's.
     for key in ("$defs", "definitions"):

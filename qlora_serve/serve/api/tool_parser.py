@@ -16,6 +16,11 @@ _HEAD = re.compile(
 )
 
 
+_NAME = re.compile(r"[a-zA-Z0-9_.-]+")
+_LONGEST_HEAD = 256
+"""Characters that name and id of a call may take, before its arguments."""
+
+
 @dataclass(frozen=True)
 class CallStart:
     """A call begins."""
@@ -125,7 +130,28 @@ class ToolParser:
         pieces.append(self._held)
         self._held = ""
 
+    def _in_name(self, character: str, pieces: list[Piece]) -> None:
+        """Behind the marker of a format whose calls begin with their names."""
+        found = _named(self._held, self._form) if character == "{" else None
+        if found is not None:
+            self._call = _Call(self.calls, *found)
+            self._held, self._in_calls = "", False
+            self._in_call(character, pieces)
+            return
+        held = self._held + character
+        if character != "{" and len(held) <= _LONGEST_HEAD:
+            self._held = held
+            return
+        # No call after all: back to text, in which another one may begin.
+        pieces.append(self._unused)
+        self._held, self._unused, self._in_calls = "", "", False
+        for one in held:
+            self._take(one, pieces)
+
     def _between_calls(self, character: str, pieces: list[Piece]) -> None:
+        if self._form.separator:
+            self._in_name(character, pieces)
+            return
         closing = self._form.closing
         if character == "{" and not self._held:
             self._call = _Call(self.calls)
@@ -164,8 +190,11 @@ class ToolParser:
 class _Call:
     """Reads one call's JSON object character by character."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, name: str | None = None, call_id: str | None = None) -> None:
         self.index = index
+        self._name = name
+        """Where it stands before the JSON, which is then the arguments alone."""
+        self._id = call_id
         self.raw = ""
         self.is_open = False
         """Whether a name was found, so that this is a call."""
@@ -179,6 +208,8 @@ class _Call:
         """Takes one character; returns what can be given out."""
         self.raw += character
         self._count(character)
+        if self._name is not None:
+            return self._take_argument(character, self._name)
         if self._depth == 0:
             self.is_done = True
             return [] if self.is_open else self._whole()
@@ -195,6 +226,14 @@ class _Call:
             return []
         self.is_open = self._in_arguments = True
         return [self._start(name), CallArguments(self.index, "{")]
+
+    def _take_argument(self, character: str, name: str) -> list[Piece]:
+        """Takes one character of a JSON object that is all arguments."""
+        self.is_done = self._depth == 0
+        if self.is_open:
+            return [CallArguments(self.index, character)]
+        self.is_open = True
+        return [self._start(name), CallArguments(self.index, character)]
 
     def _count(self, character: str) -> None:
         if self._in_string:
@@ -213,7 +252,7 @@ class _Call:
 
     def _start(self, name: str) -> CallStart:
         # Nine letters and digits: what Mistral's templates take back.
-        return CallStart(self.index, uuid.uuid4().hex[:9], name)
+        return CallStart(self.index, self._id or uuid.uuid4().hex[:9], name)
 
     def _whole(self) -> list[Piece]:
         """A call whose keys came in another order, or whose arguments are no plain object."""
@@ -231,6 +270,17 @@ class _Call:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
         self.is_open = True
         return [self._start(call["name"]), CallArguments(self.index, text)]
+
+
+def _named(head: str, form: ToolFormat) -> tuple[str, str | None] | None:
+    """The name and the id of `name[CALL_ID]id[ARGS]`; None for text that is no such head."""
+    if not head.rstrip().endswith(form.separator):
+        return None
+    name, mark, call_id = head.rstrip().removesuffix(form.separator).partition(form.id_mark)
+    parts = [name.strip(), *([call_id.strip()] if mark else [])]
+    if not all(map(_NAME.fullmatch, parts)):
+        return None
+    return parts[0], parts[1] if mark else None
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

@@ -45,13 +45,13 @@ class Sampling:
 
 @dataclass(eq=False)
 class Score:
-    """Looks at a finished answer instead of generating one: what was each token's distribution?
+    """Looks at tokens that are known instead of generating some: what was each one's distribution?
 
-    The request's prompt is then prompt and answer, without the answer's last token, which no
-    distribution depends on. Two passes make a comparison. The first, by the base, keeps its hidden
-    states before the output head, since distributions over a whole vocabulary are a hundred times
-    as large. The second, by an adapter and `against` the first, puts these through the head again
-    beside its own, a few positions at a time.
+    The request's prompt is then all that is known without the last token, which no distribution
+    depends on. With `top` one pass reports log-probabilities. Else two passes make a comparison.
+    The first, by the base, keeps its hidden states before the output head, since distributions over
+    a whole vocabulary are a hundred times as large. The second, by an adapter and `against` the
+    first, puts these through the head again beside its own, a few positions at a time.
     """
 
     first: int
@@ -60,6 +60,10 @@ class Score:
     """The answer's tokens."""
     against: "Score | None" = None
     """The base's finished pass over the same tokens; None for the first pass."""
+    top: int | None = None
+    """Not a comparison: how many of the likeliest tokens to report at each target."""
+    reports: "list[TokenLogprobs]" = field(default_factory=list)
+    """With `top`: of each target."""
     hidden: Any = None
     """The first pass's [targets, width], filled by the runner."""
     logprobs: list[float] = field(default_factory=list)
@@ -68,6 +72,11 @@ class Score:
     """The base's, from the second pass too."""
     divergences: list[float] = field(default_factory=list)
     """KL(adapter || base) over the vocabulary at each target, in nats."""
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the pass looks at distributions, and not only keeps hidden states."""
+        return self.against is not None or self.top is not None
 
 
 @dataclass(frozen=True)

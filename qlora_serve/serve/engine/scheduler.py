@@ -114,7 +114,7 @@ class Chunk:
     def outputs(self) -> int:
         """How many of its last tokens need logits of their own."""
         score = self.sequence.request.score
-        return int(self.samples) if score is None or score.against is None else self.scored
+        return int(self.samples) if score is None or not score.needs_logits else self.scored
 
 
 @dataclass(frozen=True)

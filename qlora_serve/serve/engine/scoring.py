@@ -1,4 +1,6 @@
-"""Comparing an adapter's distributions with the base's, a few positions at a time.
+"""Looking at the distributions of known tokens, a few positions at a time.
+
+Log-probabilities are read from one pass; comparing an adapter with the base takes two.
 
 The model's own forward is asked, head and all that some families do behind it included. Between
 the layers and the head stands a hook: it keeps the hidden states of a first pass, and puts those of
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_serve.serve.engine import request
-from qlora_serve.serve.engine.request import Score
+from qlora_serve.serve.engine.request import Score, TokenLogprobs
 from qlora_serve.serve.engine.scheduler import Chunk
 
 
@@ -42,16 +44,19 @@ class Scoring:
         """
         self.faulty.clear()
         self._keeping, self._guests = [], []
+        reports = False
         for chunk, end in zip(chunks, ends, strict=True):
             score, count = chunk.sequence.request.score, chunk.scored
             if score is None or not count:
                 continue
             offset = chunk.start + chunk.count - count - score.first
-            if score.against is None:
+            if score.top is not None:
+                reports = True
+            elif score.against is None:
                 self._keeping.append((score, offset, end - count, count))
             else:
                 self._guests.append(score.against.hidden[offset : offset + count])
-        self.is_needed = bool(self._keeping or self._guests)
+        self.is_needed = bool(reports or self._keeping or self._guests)
         return sum(len(rows) for rows in self._guests)
 
     def _between(self, module: Any, inputs: Any, output: Any) -> Any:
@@ -78,6 +83,12 @@ class Scoring:
             score, count = chunk.sequence.request.score, chunk.outputs
             if chunk.samples:
                 sampled.append(row)
+            elif score is not None and count and score.top is not None:
+                adapter = chunk.sequence.request.adapter
+                known = (adapter and adapter.vocabulary) or vocabulary
+                offset = chunk.start + chunk.count - count - score.first
+                if not _report(score, offset, logits[row : row + count, :known]):
+                    self.faulty.add(chunk.sequence)
             elif score is not None and count:
                 own, base = logits[row : row + count], logits[guest : guest + count]
                 offset = chunk.start + chunk.count - count - score.first
@@ -87,6 +98,28 @@ class Scoring:
             row += count
         self._keeping, self._guests = [], []
         return logits[sampled]
+
+
+def _report(score: Score, offset: int, logits: Tensor) -> bool:
+    """Records one chunk's log-probabilities; whether all of the targets' are finite.
+
+    Args:
+        score: with `top`.
+        offset: which target the first row is about.
+        logits: [rows, vocabulary]
+    """
+    assert score.top is not None
+    logprobs = logits.float().log_softmax(-1)
+    ids = score.targets[offset : offset + len(logits)]
+    targets = torch.tensor(ids, device=logits.device)[:, None]
+    own = logprobs.gather(1, targets)[:, 0]
+    values, likeliest = logprobs.topk(min(score.top, logprobs.shape[-1]), dim=-1)
+    found = zip(ids, own.tolist(), likeliest.tolist(), values.tolist(), strict=True)
+    score.reports[offset : offset + len(logits)] = [
+        TokenLogprobs(token, logprob, tuple(zip(top_ids, top, strict=True)))
+        for token, logprob, top_ids, top in found
+    ]
+    return bool(own.isfinite().all())
 
 
 def _compare(score: Score, offset: int, own: Tensor, base: Tensor) -> bool:

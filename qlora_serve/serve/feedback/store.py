@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ _VERSION = 1
 _BUSY_SECONDS = 10.0
 """How long another process may keep the file locked."""
 _KEPT_IN_MEMORY = 10_000
-"""Answers that are kept where there is no file; the oldest go first."""
+_BYTES_IN_MEMORY = 64 * 2**20
+"""Answers that are kept where there is no file, and their text; the oldest go first."""
 
 _TABLES = """
 CREATE TABLE experiments (
@@ -114,6 +116,7 @@ class FeedbackStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._make_tables()
+            self._sizes: deque[int] = deque()
         except sqlite3.Error as error:
             raise ConfigError(f"{path} cannot be used as feedback file: {error}") from None
 
@@ -164,10 +167,19 @@ class FeedbackStore:
                 rows,
             )
             if self.path is None:
-                self._db.execute(
-                    "DELETE FROM answers WHERE rowid <= (SELECT max(rowid) FROM answers) - ?",
-                    (_KEPT_IN_MEMORY,),
-                )
+                self._forget([len(row[10]) + len(row[11]) for row in rows])
+
+    def _forget(self, sizes: Iterable[int]) -> None:
+        """Lets the oldest answers go where there is no file, now that some of these sizes came."""
+        self._sizes.extend(sizes)
+        total, gone = sum(self._sizes), 0
+        while len(self._sizes) > _KEPT_IN_MEMORY or total > _BYTES_IN_MEMORY:
+            total -= self._sizes.popleft()
+            gone += 1
+        self._db.execute(
+            "DELETE FROM answers WHERE rowid IN (SELECT rowid FROM answers ORDER BY rowid LIMIT ?)",
+            (gone,),
+        )
 
     def say(self, said: Said, key: str | None) -> dict[str, Any]:
         """Writes down what is said of an answer; it replaces what was said of it before.
