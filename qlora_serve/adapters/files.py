@@ -74,6 +74,11 @@ class AdapterFiles:
                 raise AdapterError(_gone(self.path) or f"{file} was removed meanwhile") from None
             except (OSError, SafetensorError) as error:
                 raise AdapterError(f"{file} cannot be read: {error}") from None
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":
+                    raise
+                # safetensors' Rust code panics without memory, past every `except Exception`.
+                raise MemoryError(f"reading {file}: {error}") from None
         return tensors
 
 

@@ -238,8 +238,24 @@ def limits_within(limits: Limits, memory: int, token_bytes: Callable[[int | None
 
 def _kv_bytes(settings: ServeSettings, base: LoadedBase) -> int:
     if settings.kv_memory != "auto":
-        return parse_bytes(settings.kv_memory)
+        wanted, there = parse_bytes(settings.kv_memory), _device_bytes(base)
+        if wanted > there:  # Linux would promise it, and end the process when it is used
+            raise ConfigError(
+                f"--kv-memory {settings.kv_memory} is more than all memory of the device, "
+                f"{there / 1e9:.1f}GB; give less, or auto"
+            )
+        return wanted
     return int(_free_bytes(base) * _FREE_MEMORY_SHARE)
+
+
+def _device_bytes(base: LoadedBase) -> int:
+    """All memory of the device that computes."""
+    import psutil
+    import torch
+
+    if base.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(base.device)[1])
+    return int(psutil.virtual_memory().total)
 
 
 def _free_bytes(base: LoadedBase) -> int:

@@ -78,5 +78,8 @@ class _Server(uvicorn.Server):
         while self._service.traffic.live and loop.time() < until:
             await asyncio.sleep(_LOOK_SECONDS)
         # Whatever is left gets its error from the engine's end.
-        await asyncio.to_thread(self._service.engine.stop)
+        try:
+            await asyncio.to_thread(self._service.engine.stop)
+        except RuntimeError:  # no memory for one more thread: the loop waits instead
+            self._service.engine.stop()
         self.should_exit = True

@@ -29,6 +29,7 @@ from qlora_serve.serve.engine.content import (
 from qlora_serve.serve.engine.residency import HostCache, Residency
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scaling import scaled
+from qlora_serve.serve.engine.shortage import needs_memory
 from qlora_serve.serve.engine.slots import AdapterSelection, Slot, SlotKey
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class AdapterRegistry:
                 memory for adapters; the older one stays.
         """
         seen = signature(path)
-        content = examine(path, self._fit, self._runner.base.model, self._runner.item_bytes)
+        with needs_memory(name):
+            content = examine(path, self._fit, self._runner.base.model, self._runner.item_bytes)
         return self._place(name, path, self._with_tokens(content), seen, pin)
 
     def load(self, name: str, path: Path, pin: bool = False) -> AdapterSelection:
@@ -109,13 +111,14 @@ class AdapterRegistry:
         seen = signature(path)
         adapter = read_adapter(path)
         expected = check_settings_and_fit(adapter, self._fit)
-        weights = load_weights(adapter, self._fit)
+        with needs_memory(name):
+            weights = load_weights(adapter, self._fit)
+            resident = self._runner.resident(name, weights)
         remember_identity(adapter.path, seen, weights.identity)
         content = describe_content(
             adapter, expected, weights.identity, self._runner.base.model, self._runner.item_bytes
         )
         content = self._with_tokens(content)
-        resident = self._runner.resident(name, weights)
         self._keep(weights)  # before a pin makes the loader look for them
         entry = self._place(name, path, content, seen, pin)
         if self._slot_key(content, entry.default_scale) == (content.identity, 1.0):
@@ -324,10 +327,11 @@ class AdapterRegistry:
         """Brings a slot's content to the device; runs in the loader's thread."""
         content: AdapterContent = slot.content
         try:
-            weights = self.host.get(content.identity)
-            if weights is None:
-                weights = self._read(content)
-            resident = self._runner.resident(content.path.name, scaled(weights, slot.key[1]))
+            with needs_memory(content.path.name):
+                weights = self.host.get(content.identity)
+                if weights is None:
+                    weights = self._read(content)
+                resident = self._runner.resident(content.path.name, scaled(weights, slot.key[1]))
             self._keep(weights)
         except AdapterError as error:
             self._note(content.identity, str(error))
