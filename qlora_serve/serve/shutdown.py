@@ -77,9 +77,7 @@ class _Server(uvicorn.Server):
         until = loop.time() + self._drain_timeout
         while self._service.traffic.live and loop.time() < until:
             await asyncio.sleep(_LOOK_SECONDS)
-        # Whatever is left gets its error from the engine's end.
-        try:
-            await asyncio.to_thread(self._service.engine.stop)
-        except RuntimeError:  # no memory for one more thread: the loop waits instead
-            self._service.engine.stop()
+        # Whatever is left gets its error from the engine's end, which comes after its step. Not in
+        # another thread: there may be no memory for one, and asyncio would want one more to end.
+        self._service.engine.stop()
         self.should_exit = True

@@ -1,5 +1,6 @@
 """Signals and a broken engine end the server, and never an answer without an ending."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -120,3 +121,16 @@ def test_a_broken_engine_ends_the_server_with_the_reason(base) -> None:
     [error] = raised
     assert isinstance(error, EngineStoppedError)
     assert "MemoryError('no room')" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="takes another process's memory away")
+def test_a_server_without_memory_for_one_more_thread_still_ends(base) -> None:
+    with _server(base) as (process, url):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 1_000_000
+        _, most = resource.prlimit(process.pid, resource.RLIMIT_AS)
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, most))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
