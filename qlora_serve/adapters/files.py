@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_serve.adapters.manifest import Manifest, read_manifest
+from qlora_serve.adapters.shortage import is_shortage
 from qlora_serve.base.identity import read_header
 from qlora_serve.errors import AdapterError
 
@@ -73,6 +74,8 @@ class AdapterFiles:
             except FileNotFoundError:
                 raise AdapterError(_gone(self.path) or f"{file} was removed meanwhile") from None
             except (OSError, SafetensorError) as error:
+                if is_shortage(error):
+                    raise
                 raise AdapterError(f"{file} cannot be read: {error}") from None
             except BaseException as error:
                 if type(error).__name__ != "PanicException":

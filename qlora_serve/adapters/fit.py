@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.adapters.peft_config import parse_config
+from qlora_serve.adapters.shortage import is_shortage
 from qlora_serve.adapters.vocabulary import (
     Embeddings,
     enlarged_vocabulary,
@@ -172,6 +173,8 @@ def _ask_peft(source: BaseSource, adapter: AdapterFiles, vocabulary: int | None)
             model: Any = get_peft_model(skeleton, config)
             state = get_peft_model_state_dict(model)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        if is_shortage(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(
             f"adapter {adapter.path} cannot be put on the base {source.display_name!r}: {reason}"

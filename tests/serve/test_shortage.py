@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny_models import write_random_adapter, write_tiny_model
 
+from qlora_serve.adapters.shortage import needs_memory
 from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.serve.config import ServeSettings
-from qlora_serve.serve.engine.shortage import needs_memory
 from qlora_serve.serve.run import build_service
 
 
@@ -61,6 +61,7 @@ engine.start()
 def answers(name):
     events = queue.Queue()
     adapter = registry.select([(name, None)])
+    runner.release_threads()  # of this thread, which has just loaded
     engine.submit(GenerationRequest(name, (5, 6, 7), Sampling(4, 0.0), adapter), events.put)
     while isinstance(event := events.get(timeout=60), Delta):
         pass

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_serve.adapters.files import WEIGHTS_FILE, read_adapter
 from qlora_serve.adapters.fit import FitChecker
+from qlora_serve.adapters.shortage import needs_memory
 from qlora_serve.adapters.templates import TemplateProcess
 from qlora_serve.adapters.tokens import own_tokens
 from qlora_serve.adapters.weights import AdapterWeights, check_settings_and_fit, load_weights
@@ -29,7 +30,6 @@ from qlora_serve.serve.engine.content import (
 from qlora_serve.serve.engine.residency import HostCache, Residency
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scaling import scaled
-from qlora_serve.serve.engine.shortage import needs_memory
 from qlora_serve.serve.engine.slots import AdapterSelection, Slot, SlotKey
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,8 @@ class AdapterRegistry:
         """
         seen = signature(path)
         adapter = read_adapter(path)
-        expected = check_settings_and_fit(adapter, self._fit)
         with needs_memory(name):
+            expected = check_settings_and_fit(adapter, self._fit)
             weights = load_weights(adapter, self._fit)
             resident = self._runner.resident(name, weights)
         remember_identity(adapter.path, seen, weights.identity)

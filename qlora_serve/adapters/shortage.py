@@ -19,7 +19,7 @@ def needs_memory(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_shortage(error):
+        if not is_shortage(error):
             raise
         raise AdapterError(
             f"there is no memory left to load adapter {name!r}; unload others, or start with a "
@@ -27,7 +27,8 @@ def needs_memory(name: str) -> Iterator[None]:
         ) from error
 
 
-def _is_shortage(error: Exception) -> bool:
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
