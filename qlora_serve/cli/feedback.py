@@ -1,6 +1,7 @@
 """`qlora-serve feedback`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,10 +96,8 @@ def export(
 
         qlora-serve feedback export feedback.sqlite --experiment tone --min-score 4 --output -
     """
-    import os
     import sys
 
-    from qlora_serve.errors import OutputError
     from qlora_serve.serve.feedback.export import Wanted, export_rows
     from qlora_serve.serve.feedback.store import open_existing
 
@@ -109,6 +108,19 @@ def export(
         for row in rows:
             print(row)
         return
+    print(f"{_write(output, rows)} rows written to {output}", file=sys.stderr)
+
+
+def _write(output: Path, rows: Iterable[str]) -> int:
+    """Writes lines to a new file that only its owner may read; how many.
+
+    Raises:
+        OutputError: it is there already, or cannot be written.
+    """
+    import os
+
+    from qlora_serve.errors import OutputError
+
     count = 0
     try:
         # Prompts are nobody else's business.
@@ -119,8 +131,9 @@ def export(
     except FileExistsError:
         raise OutputError(f"{output} exists; name another --output or remove it") from None
     except OSError as error:
+        output.unlink(missing_ok=True)  # nothing half-written
         raise OutputError(f"cannot write {output}: {error.strerror}") from None
-    print(f"{count} rows written to {output}", file=sys.stderr)
+    return count
 
 
 def _interval(found: dict[str, Any] | None) -> str:

@@ -236,6 +236,7 @@ def test_penalties_and_bias_reach_the_answer(client) -> None:
         ({"prompt": [600]}, "there is no token 600"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "", "echo": True, "logprobs": 1, "max_tokens": 0}, "the prompt is empty"),
         ({"prompt": [1.5]}, "prompt"),
         ({"max_tokens": 600}, "at most 512"),
     ],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_serve.errors import EngineStoppedError, QloraServeError
+from qlora_serve.errors import EngineStoppedError, QloraServeError, RequestError
 from qlora_serve.serve.api.logprobs import completion_logprobs
 from qlora_serve.serve.api.service import Service, own_tokens
 from qlora_serve.serve.api.token_text import TokenTexts
@@ -29,9 +29,12 @@ async def prompt_logprobs(
         texts: what tokens say.
 
     Raises:
+        RequestError: a prompt is empty.
         EngineStoppedError: the engine ended.
         QloraServeError: a pass failed.
     """
+    if not all(one.prompt for one in asking):
+        raise RequestError("the prompt is empty", param="prompt")
     scores = [Score(0, one.prompt[1:], top=top) for one in asking]
     passes = [
         GenerationRequest(
