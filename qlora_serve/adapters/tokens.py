@@ -1,12 +1,17 @@
 """The tokenizer that an adapter brings along, where it is another than its base's."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_serve.adapters.templates import OwnTemplate, TemplateProcess
-from qlora_serve.base.tokenizer import stop_token_ids
+from qlora_serve.base.source import BaseSource
+from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
 from qlora_serve.errors import AdapterError, BaseModelError
+
+_TOKENIZER_FILE = "tokenizer.json"
+_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,29 +47,12 @@ def own_tokens(
         AdapterError: it cannot be loaded, or has tokens that the model does not know, or a chat
             template that is not allowed.
     """
-    if not (path / "tokenizer.json").is_file():
+    own = load_own(path, base)
+    if own is None:
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AdapterError(
-            f"the tokenizer beside adapter {path} cannot be loaded: {reason}; remove its files to "
-            "use the base's"
-        ) from None
-    if not own.chat_template:
-        own.chat_template = base.chat_template
-    ids = own.get_vocab()
-    if ids == base.get_vocab() and own.chat_template == base.chat_template:
+    if own.get_vocab() == base.get_vocab() and own.chat_template == base.chat_template:
         return None
-    largest = max(ids.values())
-    if largest >= vocabulary and largest > max(base.get_vocab().values()):
-        raise AdapterError(
-            f"the tokenizer beside adapter {path} has a token {largest}, and the model knows "
-            f"{vocabulary} with this adapter; it does not hold the rows of its new tokens"
-        )
+    _require_rows(path, own, base, vocabulary)
     template = None
     if own.chat_template != base.chat_template:
         if templates is None:
@@ -79,3 +67,67 @@ def own_tokens(
         return AdapterTokens(own, base_stops | stops, template)
     except BaseModelError as error:
         raise AdapterError(f"the chat template beside adapter {path}: {error}") from None
+
+
+def load_own(path: Path, base: Any) -> Any:
+    """The tokenizer that lies beside an adapter, else the base's with a chat template that does.
+
+    Args:
+        path: the adapter's directory.
+        base: the base's tokenizer, whose chat template stands in for one that is missing.
+
+    Returns:
+        the tokenizer; None where there is neither.
+
+    Raises:
+        AdapterError: it cannot be loaded.
+    """
+    template = path / _TEMPLATE_FILE
+    if not (path / _TOKENIZER_FILE).is_file():
+        if not template.is_file():
+            return None
+        own = deepcopy(base)
+        own.chat_template = template.read_text(encoding="utf-8")
+        return own
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(
+            f"the tokenizer beside adapter {path} cannot be loaded: {reason}; remove its files to "
+            "use the base's"
+        ) from None
+    if not own.chat_template:
+        own.chat_template = base.chat_template
+    return own
+
+
+def choose_tokenizer(path: Path, source: BaseSource, vocabulary: int) -> tuple[Any, str]:
+    """The tokenizer that goes with an adapter once it is merged, and whose it is, in words.
+
+    Args:
+        path: the adapter's directory.
+        source: its base.
+        vocabulary: the rows of the merged model's embeddings.
+
+    Raises:
+        AdapterError: it cannot be loaded, or has tokens that the embeddings have no row for.
+    """
+    base = load_tokenizer(source)
+    own = load_own(path, base)
+    if own is None:
+        return base, "base"
+    _require_rows(path, own, base, vocabulary)
+    is_whole = (path / _TOKENIZER_FILE).is_file()
+    return own, "adapter" if is_whole else "base, with the adapter's chat template"
+
+
+def _require_rows(path: Path, own: Any, base: Any, vocabulary: int) -> None:
+    largest = max(own.get_vocab().values())
+    if largest >= vocabulary and largest > max(base.get_vocab().values()):
+        raise AdapterError(
+            f"the tokenizer beside adapter {path} has a token {largest}, and the model knows "
+            f"{vocabulary} with this adapter; it does not hold the rows of its new tokens"
+        )

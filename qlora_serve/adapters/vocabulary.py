@@ -1,5 +1,6 @@
 """Vocabularies that grew in training: which rows an adapter holds, and what they come to."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,28 +74,28 @@ def is_whole_embedding(name: str, embeddings: Embeddings) -> bool:
     return any(name == f"{_PREFIX}{path}{end}" for path in embeddings.paths for end in endings)
 
 
-def take_whole(
-    adapter: AdapterFiles, rest: dict[str, Any], embeddings: Embeddings, saved: frozenset[str]
-) -> dict[str, Any]:
-    """Takes both enlarged embeddings out of `rest`, as they are without low-rank updates.
+def find_whole(
+    adapter: AdapterFiles,
+    names: Collection[str],
+    embeddings: Embeddings,
+    saved: frozenset[str],
+) -> dict[str, str]:
+    """Path of each enlarged embedding → the tensor that holds it without low-rank updates.
 
     Args:
         adapter: for errors.
-        rest: the adapter's tensors without the common prefix.
+        names: the adapter's tensors without the common prefix.
         embeddings: of the base.
         saved: paths of `modules_to_save`.
 
     Raises:
         AdapterError: the new rows of one of them are not there.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for path in embeddings.paths:
-        for ending in _UNREAD:
-            rest.pop(path + ending, None)
         for ending in _WHOLE:
-            tensor = rest.pop(path + ending, None)
-            if tensor is not None:
-                found.setdefault(path, tensor)
+            if path + ending in names:
+                found.setdefault(path, path + ending)
     # A tied one is the other, unless training made a copy of that.
     if embeddings.is_tied and len(found) == 1:
         (path,) = found
@@ -108,6 +109,59 @@ def take_whole(
             "module in modules_to_save"
         )
     return found
+
+
+def require_whole(adapter: AdapterFiles, embeddings: Embeddings, saved: frozenset[str]) -> None:
+    """Checks that an adapter with an enlarged vocabulary holds both embeddings.
+
+    Raises:
+        AdapterError: see `find_whole`.
+    """
+    names = {name.removeprefix(_PREFIX) for name in adapter.tensors}
+    find_whole(adapter, names, embeddings, saved)
+
+
+def take_whole(
+    adapter: AdapterFiles, rest: dict[str, Any], embeddings: Embeddings, saved: frozenset[str]
+) -> dict[str, Any]:
+    """Takes both enlarged embeddings out of `rest`, as they are without low-rank updates.
+
+    Raises:
+        AdapterError: see `find_whole`.
+    """
+    found = find_whole(adapter, rest, embeddings, saved)
+    whole = {path: rest[name] for path, name in found.items()}
+    for path in embeddings.paths:
+        for ending in (*_WHOLE, *_UNREAD):
+            rest.pop(path + ending, None)
+    return whole
+
+
+def enlarge(model: Any, adapter: AdapterFiles, vocabulary: int) -> None:
+    """Gives a base the rows of an enlarged vocabulary, those that training started from included.
+
+    What PEFT puts in place itself (`modules_to_save`) is left to it.
+    """
+    import torch
+
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    tensors = adapter.load_tensors()
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if not any(module is layer for layer in layers) or is_replaced(adapter, path):
+                continue
+            for parameter, endings in (("weight", _WHOLE), ("bias", _BIASES)):
+                for ending in endings:
+                    value = tensors.get(f"{_PREFIX}{path}{ending}")
+                    if value is not None:
+                        getattr(module, parameter).copy_(value)
+
+
+def is_replaced(adapter: AdapterFiles, path: str) -> bool:
+    """Whether a module is one of those that the adapter's config names in `modules_to_save`."""
+    names = adapter.config.get("modules_to_save") or []
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def take_bias(rest: dict[str, Any], path: str) -> dict[str, Any]:

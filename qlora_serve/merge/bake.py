@@ -16,9 +16,9 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 
 from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from qlora_serve.adapters.vocabulary import is_replaced
 from qlora_serve.base.gptq import before_peft
 from qlora_serve.errors import MergeError
-from qlora_serve.merge.vocabulary import replaced_whole
 
 _PREFIX = "base_model.model."
 _ZERO = torch.zeros(1)
@@ -152,7 +152,7 @@ def _touches_tied_embeddings(model: Any, adapter: AdapterFiles) -> bool:
     copies = {
         f"{_PREFIX}{path}.{infix}weight"
         for path in paths
-        for infix in (("base_layer.",) if replaced_whole(adapter, path) else ("", "base_layer."))
+        for infix in (("base_layer.",) if is_replaced(adapter, path) else ("", "base_layer."))
     }
     return any(name.startswith(stems) and name not in copies for name in adapter.tensors)
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.adapters.manifest import Manifest
+from qlora_serve.adapters.vocabulary import enlarge
 from qlora_serve.base.load import Quantization, load_base
 from qlora_serve.base.source import BaseSource, locate_base
 from qlora_serve.errors import BaseModelError, QloraServeError
 from qlora_serve.merge.bake import attach_adapter
 from qlora_serve.merge.proof import Answers, Comparison, Probes, compare, follow
-from qlora_serve.merge.vocabulary import enlarge
 from qlora_serve.progress import progress
 
 _QUANTIZED_ON_LOAD = ("nf4", "int8")

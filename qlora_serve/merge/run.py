@@ -10,6 +10,8 @@ from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.manifest import package_versions
 from qlora_serve.adapters.peft_config import base_changing_start
+from qlora_serve.adapters.tokens import choose_tokenizer
+from qlora_serve.adapters.vocabulary import enlarge, require_whole
 from qlora_serve.adapters.weights import check_finite
 from qlora_serve.base.identity import weight_files
 from qlora_serve.base.load import LoadedBase, load_base
@@ -42,8 +44,6 @@ from qlora_serve.merge.quantized import quantize_merged, require_quantizer
 from qlora_serve.merge.report import MergeReport, write_report
 from qlora_serve.merge.sources import MergeBase, choose_base, stored_dtype
 from qlora_serve.merge.stream import count_tensors, merge_streamed, why_not_streamable
-from qlora_serve.merge.tokens import choose_tokenizer
-from qlora_serve.merge.vocabulary import enlarge, enlarged_vocabulary
 from qlora_serve.progress import progress
 from qlora_serve.settings import parse_bytes
 
@@ -153,14 +153,15 @@ def _prepare(settings: MergeSettings) -> _Job:
         )
     base = choose_base(adapter, settings.base, settings.allow_base_mismatch)
     with progress("checking that the adapter fits its base"):
-        enlarged = enlarged_vocabulary(adapter, base.source)
-        FitChecker(base.source, enlarged).check(adapter)
+        fit = FitChecker(base.source)
+        expected = fit.check(adapter)
+        if expected.vocabulary is not None:
+            require_whole(adapter, fit.embeddings, expected.saved_modules)
         tensors = adapter.load_tensors()
         check_finite(adapter, tensors)
         identity = content_identity(adapter, tensors)
-        skeleton = build_skeleton(base.source, enlarged)
-        vocabulary = int(skeleton.get_input_embeddings().weight.shape[0])
-        tokenizer, origin = choose_tokenizer(adapter, base.source, vocabulary)
+        vocabulary = expected.vocabulary or fit.embeddings.rows
+        tokenizer, origin = choose_tokenizer(adapter.path, base.source, vocabulary)
         if settings.gguf:
             require_exportable(base.source, vocabulary, tokenizer)
     return _Job(
@@ -170,7 +171,7 @@ def _prepare(settings: MergeSettings) -> _Job:
         base=base,
         dtype=settings.dtype or stored_dtype(base.source),
         vocabulary=vocabulary,
-        is_enlarged=enlarged is not None,
+        is_enlarged=expected.vocabulary is not None,
         tokenizer=tokenizer,
         tokenizer_from=origin,
         is_streamed=_is_streamed(settings, base),

@@ -50,3 +50,19 @@ def test_a_broken_one_is_refused(base, tmp_path):
     (tmp_path / "own" / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterError, match=r"cannot be loaded: .*remove its files"):
         own_tokens(tmp_path / "own", base, frozenset({2}), KNOWN)
+
+
+def test_a_chat_template_alone_is_the_bases_tokenizer_with_it(base, tmp_path):
+    (tmp_path / "own").mkdir()
+    file = tmp_path / "own" / "chat_template.jinja"
+    file.write_text(base.chat_template)
+    assert own_tokens(tmp_path / "own", base, frozenset({2}), KNOWN) is None
+    file.write_text("{# mine #}" + base.chat_template.replace("<|im_end|>", "<|im_end|>!"))
+    with pytest.raises(AdapterError, match="start the server with --adapter-templates"):
+        own_tokens(tmp_path / "own", base, frozenset({2}), KNOWN)
+    with closing(TemplateProcess()) as templates:
+        found = own_tokens(tmp_path / "own", base, frozenset({2}), KNOWN, templates)
+        assert found is not None
+        assert "<|im_end|>!" in found.template.render([{"role": "assistant", "content": "x"}])
+    assert found.tokenizer.get_vocab() == base.get_vocab()
+    assert found.tokenizer.chat_template == file.read_text() != base.chat_template

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_serve.errors import MergeError
+from qlora_serve.errors import AdapterError
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.run import merge_adapter
 from tests.tiny_models import tiny_tokenizer, write_random_adapter
@@ -98,7 +98,7 @@ def test_rows_that_were_not_saved_are_missed(tiny, tmp_path):
     settings = MergeSettings(
         adapter=tmp_path / "adapter", output=tmp_path / "out", base=str(tiny("llama-untied"))
     )
-    with pytest.raises(MergeError, match="no new rows for lm_head"):
+    with pytest.raises(AdapterError, match="no new rows for lm_head"):
         merge_adapter(settings)
 
 
@@ -106,7 +106,7 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tiny, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     adapter = write_random_adapter(tmp_path / "adapter", tiny("llama"))
     add_tokenizer(adapter, ROWS)
-    with pytest.raises(MergeError, match="rows of its new tokens"):
+    with pytest.raises(AdapterError, match="rows of its new tokens"):
         merge_adapter(MergeSettings(adapter=adapter, output=tmp_path / "out"))
 
 
