@@ -2,12 +2,15 @@
 
     python benchmarks/merge.py                    a random base of 1.7 GB in bfloat16, 3 rounds
     python benchmarks/merge.py --quick            30 MB, to see that it runs
-    python benchmarks/merge.py --layers 28 --hidden 3072 --shard 2GB
+    python benchmarks/merge.py --layers 24 --shard 500MB --rank 64
+    python benchmarks/merge.py --folder F         keeps the base in F; one that lies there is used
 
-Copying and merging take turns, each in a process of its own. Both read what the page cache holds,
-write to the same disk and flush what they wrote. The merge is the writing of the weights alone,
-without the proof. Its memory is the peak of the process while it merges, less what the process took
-right before: with all libraries loaded and the adapter attached once.
+Copying and merging take turns, each in a process of its own. Both read what the page cache holds
+(the base has just been written, or is read once before), write to the same disk, and end when all
+is flushed to it. The merge is the writing of the weights alone, without the proof. Its memory is
+the peak of the process while it merges, less what the process took right before: with all libraries
+loaded and the adapter attached once. With `--compare` the first round's output is compared with
+PEFT's `merge_and_unload` in float32, cast once.
 """
 
 import argparse
@@ -30,16 +33,24 @@ def main() -> None:
     if flags.worker:
         print(json.dumps(_WORKERS[flags.worker](Path(flags.folder), flags)))
         return
-    folder = Path(tempfile.mkdtemp(dir=flags.folder))
+    folder = Path(flags.folder or tempfile.mkdtemp())
     try:
-        _run("write", folder, sys.argv[1:])
+        if not (folder / "base").is_dir():
+            _run("write_base", folder, sys.argv[1:])
+        _run("write_adapter", folder, sys.argv[1:])
+        for file in (folder / "base").glob("*.safetensors"):
+            shutil.copyfile(file, os.devnull)  # into the page cache
         rounds = [
-            {name: _measure(name, folder, flags.shard) for name in ("copy", "merge")}
+            {name: _measure(name, folder, sys.argv[1:]) for name in ("copy", "merge")}
             for _ in range(flags.repeat)
         ]
         _print(rounds, folder / "base")
+        if flags.compare:
+            _run("compare", folder, sys.argv[1:])
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        if flags.folder is None:
+            shutil.rmtree(folder)
 
 
 def _flags() -> argparse.Namespace:
@@ -49,17 +60,18 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--shard", default="200MB")
+    parser.add_argument("--dtype", default="bfloat16", help="of base and output")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", default=None, help="on the disk to measure")
+    parser.add_argument("--folder", default=None, help="on the disk to measure; it is kept")
+    parser.add_argument("--compare", action="store_true", help="with PEFT's own merge")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _write(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
-    """A random base and an adapter on all its linear layers."""
+def _write_base(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """A random base."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -71,22 +83,39 @@ def _write(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
         num_key_value_heads=flags.hidden // 128,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, flags.dtype))
     model.save_pretrained(folder / "base", max_shard_size=flags.shard)
-    lora = LoraConfig(r=flags.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft_model = get_peft_model(model, lora)
-    with torch.no_grad():
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    peft_model.save_pretrained(folder / "adapter")
     return {}
 
 
-def _measure(name: str, folder: Path, shard: str) -> dict[str, float]:
+def _write_adapter(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """A random adapter on all linear layers of the base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    from qlora_serve.base.skeleton import build_skeleton
+    from qlora_serve.base.source import locate_base
+
+    skeleton = build_skeleton(locate_base(str(folder / "base")))
+    lora = LoraConfig(r=flags.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(skeleton, lora)
+    torch.manual_seed(0)
+    tensors = {
+        name.replace(".default", ""): torch.randn(parameter.shape) * 0.02
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name
+    }
+    peft_model.peft_config["default"].inference_mode = True
+    peft_model.peft_config["default"].save_pretrained(folder / "adapter")
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    return {}
+
+
+def _measure(name: str, folder: Path, flags: list[str]) -> dict[str, float]:
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()  # what others wrote is not to be waited for
-    return _run(name, folder, ["--shard", shard])
+    return _run(name, folder, flags)
 
 
 def _run(name: str, folder: Path, flags: list[str]) -> dict[str, float]:
@@ -121,12 +150,39 @@ def _merge(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
     before = _status("VmRSS")
     started = time.perf_counter()
     out, shard = folder / "out", flags.shard
-    merge_streamed(out, source, adapter, "bfloat16", shard, None, lambda done: None)
+    merge_streamed(out, source, adapter, flags.dtype, shard, None, lambda done: None)
     _flush(out)
     return {"seconds": time.perf_counter() - started, "memory": _status("VmHWM") - before}
 
 
-_WORKERS = {"write": _write, "copy": _copy, "merge": _merge}
+def _compare(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """Every tensor of the output against PEFT's own merge in float32, cast once."""
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    expected = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
+    for file in (folder / "out").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get_tensor(name)
+                if not tensor.equal(expected.pop(name).to(tensor.dtype)):
+                    sys.exit(f"{name} differs from PEFT's")
+    if expected:
+        sys.exit(f"not written: {', '.join(expected)}")
+    print("all tensors equal PEFT's merge, cast once, to the last bit", file=sys.stderr)
+    return {}
+
+
+_WORKERS = {
+    "write_base": _write_base,
+    "write_adapter": _write_adapter,
+    "copy": _copy,
+    "merge": _merge,
+    "compare": _compare,
+}
 
 
 def _flush(folder: Path) -> None:

@@ -1,48 +1,47 @@
 """Merging tensor by tensor: from the base's files to the output's, without the model in memory.
 
-PEFT puts the adapter on a model without weights. Each output tensor is then made from the stored
-one: copied, replaced by what the adapter brings, or merged. The plain low-rank update is computed
-here in blocks of rows, by PEFT's own sequence of operations in float32 (product, scaling, sum, one
-cast); everything else (DoRA, bias of the update, trained tokens) by PEFT's layer itself, which is
-given its weight for that moment. Both equal `merge_and_unload` followed by one cast.
+PEFT puts the adapter on a model without weights, and tells by that which of its modules it changes
+and how. Each output tensor then has a recipe that makes its rows from the stored ones: copied,
+replaced by what the adapter brings, or updated. What only PEFT's own layer can make (DoRA on an
+embedding, say) is made by it, as a whole, with its weight lent for that moment.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from math import sqrt
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from qlora_serve.adapters.files import AdapterFiles
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import MergeError
-from qlora_serve.files import flush
-from qlora_serve.merge.bake import attach_adapter, empty_weights, is_empty, relative_change
+from qlora_serve.merge.bake import attach_adapter, empty_weights, is_empty
+from qlora_serve.merge.recipes import (
+    Change,
+    Copied,
+    MadeByPeft,
+    Recipe,
+    Replaced,
+    Updated,
+    WithTokens,
+)
+from qlora_serve.merge.shards import OnTensor, write_shards
 from qlora_serve.merge.tensor_files import (
     TORCH_DTYPES,
+    HeldTensor,
     PlannedTensor,
     StoredTensor,
-    plan_shards,
-    shard_header,
-    shard_names,
     stored_tensors,
-    tensor_bytes,
-    write_index,
 )
 from qlora_serve.settings import parse_bytes
 
 _PREFIX = "base_model.model."
 _ADAPTER = "default"
-
-OnTensor = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -100,22 +99,27 @@ def merge_streamed(
     names = [name for name in skeleton.state_dict() if name != tied]
     embedding = _embedding_name(skeleton)
     empty_weights(skeleton)
-    peft_model = attach_adapter(skeleton, adapter, weightless=True)
-    merger = _Merger(peft_model, stored, getattr(torch, dtype))
-    is_untied = False
+    planner = _Planner(attach_adapter(skeleton, adapter, weightless=True), stored)
+    recipes = {name: planner.recipe(name) for name in names}
+    torch_dtype = getattr(torch, dtype)
     if tied is not None:
-        merger.stored[tied] = stored[embedding]
-        merger.share(embedding, tied)
-        is_untied = _differ(merger, embedding, tied)
-        if is_untied:
-            names.append(tied)
-    planned = [PlannedTensor(name, merger.dtype, merger.shape(name)) for name in names]
-    _write(folder, planned, parse_bytes(max_shard_size), merger, on_tensor)
+        stored[tied] = stored[embedding]
+        planner.share(embedding, tied)
+        recipes[tied] = planner.recipe(tied)
+    is_untied = tied is not None and _differ(recipes[embedding], recipes[tied], torch_dtype)
+    planned = {
+        PlannedTensor(name, torch_dtype, recipe.shape): recipe
+        for name, recipe in recipes.items()
+        if is_untied or name != tied
+    }
+    changes = write_shards(folder, planned, parse_bytes(max_shard_size), on_tensor)
+    if tied is not None:
+        changes.setdefault(tied, changes[embedding])
     model = build_skeleton(source, vocabulary)
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.tie_word_embeddings = tied is not None and not is_untied
-    return StreamedModel(model, dict(merger.changes), is_untied)
+    return StreamedModel(model, _by_module(recipes, changes), is_untied)
 
 
 def count_tensors(source: BaseSource) -> int:
@@ -123,19 +127,13 @@ def count_tensors(source: BaseSource) -> int:
     return len(stored_tensors(source))
 
 
-@dataclass
-class _Merger:
-    """Makes output tensors, in blocks of rows."""
+class _Planner:
+    """Finds out how each output tensor is made."""
 
-    peft_model: Any
-    stored: dict[str, StoredTensor]
-    dtype: Any
-    """The torch dtype of the output."""
-    changes: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, peft_model: Any, stored: dict[str, StoredTensor]) -> None:
+        self._stored = stored
         self._modules = {
-            name.removeprefix(_PREFIX): module for name, module in self.peft_model.named_modules()
+            name.removeprefix(_PREFIX): module for name, module in peft_model.named_modules()
         }
 
     def share(self, embedding: str, head: str) -> None:
@@ -148,93 +146,59 @@ class _Merger:
         if is_empty(layer.weight):
             layer.weight = torch.nn.Parameter(own, requires_grad=False)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an output tensor."""
-        own = self._own_value(name)
-        return tuple(own.shape) if own is not None else self.stored[name].shape
-
-    def blocks(self, name: str) -> Iterator[Any]:
-        """An output tensor's rows, cast to the output's dtype."""
+    def recipe(self, name: str) -> Recipe:
+        """How an output tensor is made."""
         path, _, leaf = name.rpartition(".")
         module = self._modules[path]
+        own, stored = self._own_value(name), self._stored.get(name)
+        source = HeldTensor(own) if own is not None else self._stored[name]
         if isinstance(module, ModulesToSaveWrapper):
-            yield self._cast(name, self._replacement(path, module, leaf))
-        elif isinstance(module, (LoraLayer, TrainableTokensWrapper)):
-            yield from self._merged(name, path, module, leaf)
-        else:
-            own = self._own_value(name)
-            if own is not None:
-                yield self._cast(name, own)
-            else:
-                for _, block in self.stored[name].rows():
-                    yield self._cast(name, block)
-
-    def _merged(self, name: str, path: str, module: Any, leaf: str) -> Iterator[Any]:
-        own = self._own_value(name)
-        if leaf == "bias" and not _has_update_bias(module):
-            yield self._cast(name, own if own is not None else self.stored[name].whole())
-        elif leaf == "weight" and own is None and _is_plain(module):
-            yield from self._updated(name, path, module)
-        else:
-            yield self._cast(name, self._by_peft(path, module, leaf))
-
-    def _updated(self, name: str, path: str, layer: Any) -> Iterator[Any]:
-        """`W + scaling B A`, block by block."""
-        a, b, is_embedding = _factors(layer)
-        scaling = layer.scaling[_ADAPTER]
-        old_square = 0.0
-        scratch: tuple[Any, Any] | None = None
-        # One row alone would go through another routine, with another order of additions.
-        for first, block in self.stored[name].rows(least=2):
-            if scratch is None or len(scratch[0]) < len(block):
-                scratch = torch.empty(block.shape), torch.empty(block.shape)
-            weight, delta = (part[: len(block)] for part in scratch)
-            weight.copy_(block)
-            rows = slice(first, first + len(block))
-            if is_embedding:
-                delta.copy_((b @ a[:, rows]).T)
-            else:
-                torch.mm(b[rows], a, out=delta)
-            old_square += float(torch.dot(weight.flatten(), weight.flatten()))
-            yield self._cast(name, weight.add_(delta.mul_(scaling)))
-        change = abs(scaling) * _product_norm(a, b)
-        self.changes[path] = change / sqrt(old_square) if old_square else change
-
-    def _by_peft(self, path: str, module: Any, leaf: str) -> Any:
-        """A parameter of a layer after PEFT has merged it, with its weights for that moment."""
-        merging = module if isinstance(module, LoraLayer) else module.token_adapter
-        base = merging.get_base_layer()
-        before = {}
-        for part, value in list(base.named_parameters(recurse=False)):
-            loaded = value
-            if is_empty(value):
-                loaded = self.stored[f"{path}.{part}"].whole().float()
-            before[part] = value
-            setattr(base, part, torch.nn.Parameter(loaded, requires_grad=False))
-        old = base.weight.detach().clone()
-        try:
-            merging.merge(safe_merge=True)
-            merged = getattr(base, leaf).detach()
+            has_size = stored is not None and stored.shape == source.shape
+            return Replaced(source, stored if has_size else None)
+        if isinstance(module, TrainableTokensWrapper):
+            tokens = module.token_adapter
+            trained = tokens.trainable_tokens_delta[_ADAPTER].detach().float()
+            return WithTokens(source, list(tokens.token_indices[_ADAPTER]), trained)
+        if isinstance(module, LoraLayer):
             if leaf == "weight":
-                self.changes[path] = relative_change(old, merged)
+                return self._updated(path, module, source)
+            if leaf == "bias" and bool(module.lora_bias.get(_ADAPTER)):
+                bias = own if own is not None else self._stored[name].whole()
+                update = module.lora_B[_ADAPTER].bias.detach().float()
+                return Copied(HeldTensor(bias.float() + update * module.scaling[_ADAPTER]))
+        return Copied(source)
+
+    def _updated(self, path: str, layer: Any, source: HeldTensor | StoredTensor) -> Recipe:
+        variant = layer.lora_variant.get(_ADAPTER)
+        has_dora = type(layer) is Linear and type(variant) is DoraLinearVariant
+        is_known = type(layer) in (Linear, Embedding) and (variant is None or has_dora)
+        if not is_known or layer.fan_in_fan_out:
+            return MadeByPeft(source.shape, lambda change: self._by_peft(path, layer, change))
+        a, b, is_embedding = _factors(layer)
+        lengths = layer.lora_magnitude_vector[_ADAPTER].weight.detach() if has_dora else None
+        return Updated(source, a, b, layer.scaling[_ADAPTER], is_embedding, lengths)
+
+    def _by_peft(self, path: str, layer: Any, change: Change) -> Any:
+        """A layer's weight after PEFT has merged it, with its parameters for that moment."""
+        base = layer.get_base_layer()
+        before = dict(base.named_parameters(recurse=False))
+        try:
+            for part, value in before.items():
+                held = is_empty(value)
+                loaded = self._stored[f"{path}.{part}"].whole().float() if held else value
+                setattr(base, part, torch.nn.Parameter(loaded, requires_grad=False))
+            old = base.weight.detach().clone()
+            layer.merge(safe_merge=True)
+            merged = base.weight.detach()
+            change.add(Change(float(old.norm()) ** 2, float(old.sub_(merged).norm()) ** 2))
         except (ValueError, NotImplementedError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise MergeError(f"PEFT cannot merge {path}: {reason}") from error
         finally:
             for part, value in before.items():
                 setattr(base, part, value)
-            merging.merged_adapters.clear()
+            layer.merged_adapters.clear()
         return merged
-
-    def _replacement(self, path: str, wrapper: Any, leaf: str) -> Any:
-        new = getattr(wrapper.modules_to_save[_ADAPTER], leaf).detach()
-        stored = self.stored.get(f"{path}.{leaf}")
-        if stored is not None and stored.shape == tuple(new.shape):
-            change = relative_change(stored.whole().float(), new.float())
-            self.changes[path] = max(change, self.changes.get(path, 0.0))
-        else:
-            self.changes[path] = 1.0  # an enlarged vocabulary has no old matrix of its size
-        return new
 
     def _own_value(self, name: str) -> Any:
         """What the adapter's file gives for a parameter of the base itself, such as a bias."""
@@ -245,28 +209,16 @@ class _Merger:
         value = getattr(_inner(module), leaf, None)
         return None if value is None or is_empty(value) else value.detach()
 
-    def _cast(self, name: str, tensor: Any) -> Any:
-        cast = tensor.to(self.dtype)
-        if not _is_finite(cast):
-            dtype, largest = str(self.dtype).removeprefix("torch."), float(tensor.abs().max())
-            raise MergeError(
-                f"{name} has values that do not fit into {dtype} (largest {largest:.4g}); use "
-                "--dtype bfloat16 or float32"
-            )
-        return cast
 
-
-def _is_finite(tensor: Any) -> bool:
-    # The sum passes on any NaN or infinity, at a twentieth of the cost of looking for them; it may
-    # be infinite without any.
-    total = tensor.sum(dtype=torch.float32)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
-
-
-def _product_norm(a: Any, b: Any) -> float:
-    """‖B A‖ (Frobenius), without B A: the trace of (A Aᵀ) (Bᵀ B)."""
-    a, b = a.double(), b.double()
-    return sqrt(max(0.0, float(((a @ a.T) * (b.T @ b)).sum())))
+def _by_module(recipes: dict[str, Recipe], changes: dict[str, Change]) -> dict[str, float]:
+    """Module → how far its weights were moved, for those that the adapter changes."""
+    found: dict[str, float] = {}
+    for name, recipe in recipes.items():
+        if isinstance(recipe, Copied):
+            continue
+        path = name.rpartition(".")[0]
+        found[path] = max(changes[name].relative, found.get(path, 0.0))
+    return found
 
 
 def _inner(module: Any) -> Any:
@@ -278,41 +230,14 @@ def _inner(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _write(
-    folder: Path, planned: list[PlannedTensor], limit: int, merger: _Merger, on_tensor: OnTensor
-) -> None:
-    shards = plan_shards(planned, limit)
-    done = 0
-    # Publishing waits until all is on the disk; that of one shard goes on beside the next one.
-    with ThreadPoolExecutor(1) as pool:
-        flushed = []
-        for file, shard in zip(shard_names(len(shards)), shards, strict=True):
-            with (folder / file).open("wb", buffering=0) as stream:
-                stream.write(shard_header(shard))
-                for tensor in shard:
-                    for block in merger.blocks(tensor.name):
-                        _write_all(stream, tensor_bytes(block))
-                    done += 1
-                    on_tensor(done)
-            flushed.append(pool.submit(flush, folder / file))
-    for result in flushed:
-        result.result()
-    write_index(folder, shards)
-
-
-def _write_all(stream: Any, view: memoryview) -> None:
-    while view:
-        view = view[stream.write(view) :]
-
-
-def _differ(merger: _Merger, one: str, other: str) -> bool:
-    digests = set()
-    for name in (one, other):
-        digest = hashlib.blake2b()
-        for block in merger.blocks(name):
-            digest.update(tensor_bytes(block))
-        digests.add(digest.digest())
-    return len(digests) > 1
+def _differ(one: Recipe, other: Recipe, dtype: Any) -> bool:
+    """Whether two tensors of one shape will have other values."""
+    if isinstance(one, Copied) and one == other:
+        return False
+    if isinstance(one, MadeByPeft) or isinstance(other, MadeByPeft):
+        return True  # only a layer of the adapter's makes those
+    pairs = zip(*(part.blocks(0, part.shape[0], Change()) for part in (one, other)), strict=True)
+    return any(not a.to(dtype).equal(b.to(dtype)) for a, b in pairs)
 
 
 def _factors(layer: Any) -> tuple[Any, Any, bool]:
@@ -322,19 +247,6 @@ def _factors(layer: Any) -> tuple[Any, Any, bool]:
         return a.detach().float(), b.detach().float(), False
     a, b = layer.lora_embedding_A[_ADAPTER], layer.lora_embedding_B[_ADAPTER]
     return a.detach().float(), b.detach().float(), True
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a layer's update is `scaling B A`, added to its weight as it lies in the file."""
-    return (
-        type(module) in (Linear, Embedding)
-        and _ADAPTER not in module.lora_variant
-        and not module.fan_in_fan_out
-    )
-
-
-def _has_update_bias(module: Any) -> bool:
-    return isinstance(module, LoraLayer) and bool(module.lora_bias.get(_ADAPTER))
 
 
 def _tied_head(skeleton: Any) -> str | None:

@@ -6,11 +6,12 @@ Format: 8 bytes of header length, a JSON header, the tensors' bytes in its order
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,7 +21,25 @@ from qlora_serve.base.source import BaseSource
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BLOCK_BYTES = 2 * 2**20
-"""How much is read, computed and written at once."""
+"""How much float32 is computed at once."""
+
+
+class RowSource(Protocol):
+    """A tensor that is given out by rows, wherever it is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def rows(
+        self, least: int = 1, first: int = 0, count: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """Blocks of `count` rows from `first` on, in order: (first row, tensor).
+
+        A block has about `BLOCK_BYTES` of float32, so that what is computed from it stays in the
+        processor's cache, and no fewer than `least` rows where there are as many. Each is valid
+        until the next is asked for. What has no dimension counts as one row.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,36 +58,63 @@ class StoredTensor:
         """Bytes of the whole tensor."""
         return prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
-    def rows(self, least: int = 1) -> Iterator[tuple[int, Any]]:
-        """Blocks of rows, in order: (first row, tensor in the stored dtype).
-
-        A block has about `BLOCK_BYTES` of float32, so that what is computed from it stays in the
-        processor's cache, and no fewer than `least` rows where the tensor has them. All blocks
-        share one buffer: each is valid until the next is asked for.
-        """
-        dtype = TORCH_DTYPES[self.dtype]
-        count = self.shape[0] if self.shape else 1
-        width = prod(self.shape[1:])
-        step = max(least, BLOCK_BYTES // max(1, 4 * width))
-        buffer = bytearray(min(count, step + least - 1) * width * dtype.itemsize)
+    def rows(
+        self, least: int = 1, first: int = 0, count: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """See `RowSource`; the tensors are in the stored dtype and share one buffer."""
+        dtype, width = TORCH_DTYPES[self.dtype], prod(self.shape[1:])
+        row_bytes = width * dtype.itemsize
+        buffer: bytearray | None = None
         with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.offset)
-            first = 0
-            while first < count:
-                rows = min(step, count - first)
-                if count - first - rows < least:
-                    rows = count - first
-                size = rows * width * dtype.itemsize
-                _fill(stream, memoryview(buffer)[:size])
-                shape = (rows, *self.shape[1:]) if self.shape else ()
+            for start, rows in _steps(self.shape, least, first, count):
+                if buffer is None or len(buffer) < rows * row_bytes:
+                    buffer = bytearray(rows * row_bytes)
+                view = memoryview(buffer)[: rows * row_bytes]
+                _fill(stream.fileno(), view, self.offset + start * row_bytes, self.file)
                 numbers = torch.frombuffer(buffer, dtype=dtype, count=rows * width)
-                yield first, numbers.view(shape)
-                first += rows
+                yield start, numbers.view((rows, *self.shape[1:]) if self.shape else ())
 
     def whole(self) -> Any:
         """The tensor, in the stored dtype."""
-        blocks = [block for _, block in self.rows(least=self.shape[0] if self.shape else 1)]
+        blocks = [block for _, block in self.rows(least=_row_count(self.shape))]
         return blocks[0]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTensor:
+    """A tensor in memory."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    def rows(
+        self, least: int = 1, first: int = 0, count: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """See `RowSource`; the tensors are parts of this one."""
+        for start, rows in _steps(self.shape, least, first, count):
+            yield start, self.tensor[start : start + rows] if self.shape else self.tensor
+
+
+def _row_count(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def _steps(
+    shape: tuple[int, ...], least: int, first: int, count: int | None
+) -> Iterator[tuple[int, int]]:
+    """The blocks of `RowSource.rows`: (first row, rows)."""
+    end = _row_count(shape) if count is None else first + count
+    step = max(least, BLOCK_BYTES // max(1, 4 * prod(shape[1:])))
+    while first < end:
+        rows = min(step, end - first)
+        if end - first - rows < least:
+            rows = end - first
+        yield first, rows
+        first += rows
 
 
 @dataclass(frozen=True)
@@ -155,9 +201,9 @@ def tensor_bytes(tensor: Any) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def _fill(stream: Any, view: memoryview) -> None:
+def _fill(descriptor: int, view: memoryview, offset: int, file: Path) -> None:
     while view:
-        count = stream.readinto(view)
+        count = os.preadv(descriptor, [view], offset)
         if not count:
-            raise OSError(f"{stream.name} is cut short")
-        view = view[count:]
+            raise OSError(f"{file} is cut short")
+        view, offset = view[count:], offset + count
