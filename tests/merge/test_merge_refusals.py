@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def add_manifest(adapter: Path, base: Path, **changes: object) -> None:
     write_manifest(adapter, Manifest(base=ManifestBase.model_validate(recorded | changes)))
 
 
+def change_base(adapter: Path, base: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
 def cast_copy(base: Path, folder: Path, dtype: torch.dtype) -> Path:
     AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(folder)
     return folder
@@ -63,6 +70,29 @@ def test_quantized_base_is_refused_with_the_way_out(tiny, adapter, tmp_path):
     settings = {"adapter": adapter, "output": tmp_path / "out"}
     refuse(MergeError, "is quantized (nf4)", **settings, base=str(tmp_path / "nf4"))
     refuse(MergeError, str(tiny("llama")), **settings, base=str(tmp_path / "nf4"))
+
+
+@pytest.mark.parametrize("named", ["--base", "the adapter's"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("int8", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 128}),
+        ("fp8", {"quant_method": "fp8"}),
+    ],
+)
+def test_every_kind_of_quantized_base_is_refused_by_name(
+    tiny, adapter, tmp_path, kind, settings, named
+):
+    base = shutil.copytree(tiny("llama"), tmp_path / "quantized")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    given = {"base": str(base)} if named == "--base" else {}
+    if not given:
+        change_base(adapter, base)
+    refuse(MergeError, kind, adapter=adapter, output=tmp_path / "out", **given)
 
 
 def test_adapter_of_a_quantized_copy_finds_the_original(tiny, adapter, tmp_path):
