@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_serve.train.matmul import linear, product
+from qlora_serve.base.matmul import linear, product
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (16, 576), (49152, 576)]
 TOKENS = (85, 300, 512)

@@ -6,11 +6,13 @@ those of `merge_and_unload` followed by one cast.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from math import frexp, sqrt
 from typing import Any, Protocol
 
 import torch
 
+from qlora_serve.base.matmul import product
 from qlora_serve.merge.tensor_files import RowSource
 
 # One row alone would go through another routine, with another order of additions.
@@ -145,18 +147,17 @@ class Updated:
         return self.source.shape
 
     def blocks(self, first: int, count: int, change: Change) -> Iterator[Any]:
-        scratch: tuple[Any, Any] | None = None
+        scratch: Any = None
         for start, block in self.source.rows(_LEAST_ROWS, first, count):
-            if scratch is None or len(scratch[0]) < len(block):
-                scratch = torch.empty(block.shape), torch.empty(block.shape)
-            weight, delta = (part[: len(block)] for part in scratch)
-            weight.copy_(block)
+            if scratch is None or len(scratch) < len(block):
+                scratch = torch.empty(block.shape)
+            weight = scratch[: len(block)].copy_(block)
             change.old += _square(weight)
             rows = slice(start, start + len(block))
             if self.is_embedding:
-                delta.copy_((self.b @ self.a[:, rows]).T)
+                delta = (self.b @ self.a[:, rows]).T.contiguous()
             else:
-                torch.mm(self.b[rows], self.a, out=delta)
+                delta = _product(self.b[rows], self.a)
             if self._is_exact:
                 weight.add_(delta, alpha=self.scaling)
             else:
@@ -171,8 +172,8 @@ class Updated:
 
     def _update_square(self) -> float:
         """‖scaling B A‖² (Frobenius), without B A: from the trace of (A Aᵀ) (Bᵀ B)."""
-        a, b = self.a.double(), self.b.double()
-        return self.scaling**2 * max(0.0, float(((a @ a.T) * (b.T @ b)).sum()))
+        inside, outside = self.a @ self.a.T, self.b.T @ self.b
+        return self.scaling**2 * max(0.0, float((inside.double() * outside).sum()))
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,21 @@ class MadeByPeft:
 
 
 Recipe = RowRecipe | MadeByPeft
+
+
+def _product(b: Any, a: Any) -> Any:
+    """B A to the last bit as torch, and so PEFT, computes it; by oneDNN where that does too."""
+    rows, rank = b.shape
+    return product(b, a) if _has_torchs_order(rows, rank, a.shape[1]) else torch.mm(b, a)
+
+
+@cache
+def _has_torchs_order(rows: int, rank: int, width: int) -> bool:
+    """Whether oneDNN adds up products of these shapes in the order of torch's own routine."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(rows, rank, generator=generator)
+    a = torch.randn(rank, width, generator=generator)
+    return bool(product(b, a).equal(torch.mm(b, a)))
 
 
 def _square(tensor: Any) -> float:

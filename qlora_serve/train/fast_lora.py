@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_serve.train.matmul import linear, product
+from qlora_serve.base.matmul import linear, product
 
 Weight = Callable[[], Tensor]
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from qlora_serve.base.matmul import linear, product
 from qlora_serve.train.dataset import IGNORED
-from qlora_serve.train.matmul import linear, product
 
 # Above this many rows the softmax is recomputed in the backward pass, a chunk at a time.
 _CHUNK_ROWS = 1024

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qlora_serve.train import matmul
-from qlora_serve.train.matmul import linear, product
+from qlora_serve.base import matmul
+from qlora_serve.base.matmul import linear, product
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])
