@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import ConfigError, MergeError
-from qlora_serve.merge import tensor_files
+from qlora_serve.merge import recipes, tensor_files
 from qlora_serve.merge.bake import attach_adapter
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.run import merge_adapter
@@ -218,3 +218,11 @@ def test_merge_streamed_reports_values_that_do_not_fit(tmp_path, tiny):
     adapter = write_random_adapter(tmp_path / "adapter", base)
     with pytest.raises(MergeError, match=r"model.norm.weight has values that do not fit"):
         stream(tmp_path / "out", base, adapter, "float16")
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 64, 200, 300])
+def test_products_are_torch_s_to_the_last_bit(rank):
+    torch.manual_seed(rank)
+    for rows, width in ((2, 64), (23, 576), (256, 2048), (341, 1536)):
+        b, a = torch.randn(rows + 1, rank)[1:], torch.randn(rank, width)
+        assert recipes._product(b, a).equal(b @ a), (rows, width)
