@@ -38,14 +38,18 @@ struct Rows {
   const float* at(int64_t h, int64_t r) const { return data + h * head + r * row; }
 };
 
-// Scores of ROWS queries for BLOCKS blocks in a row.
+// Scores of ROWS queries for BLOCKS blocks in a row. Meanwhile the memory is asked for `next`, as large: blocks
+// lie anywhere, so that the processor cannot know.
 template <int ROWS, int BLOCKS>
-inline void score(const float* const* queries, const float* const* keys, int64_t dim, float scale,
-                  float* const* scores) {
+inline void score(const float* const* queries, const float* const* keys, const float* const* next,
+                  int64_t dim, float scale, float* const* scores) {
   Vector sums[BLOCKS][ROWS] = {};
   for (int64_t d = 0; d < dim; ++d) {
     Vector key[BLOCKS];
-    for (int b = 0; b < BLOCKS; ++b) key[b] = load(keys[b] + d * kBlock);
+    for (int b = 0; b < BLOCKS; ++b) {
+      key[b] = load(keys[b] + d * kBlock);
+      __builtin_prefetch(next[b] + d * kBlock);
+    }
     for (int r = 0; r < ROWS; ++r)
       for (int b = 0; b < BLOCKS; ++b) sums[b][r] += key[b] * queries[r][d];
   }
@@ -67,18 +71,26 @@ void score_all(int64_t rows, const float* const* queries, const Cache& cache, in
     if (rows < ROWS)
       return score_all<ROWS - 1>(rows, queries, cache, head, table, blocks, scale, scores);
     constexpr int kTogether = ROWS * 4 <= kRegisters ? 4 : ROWS * 2 <= kRegisters ? 2 : 1;
-    const float* keys[kTogether];
+    // What is needed after the keys of the block before `b`: the next keys, and then the first values.
+    const auto after = [&](int64_t b) -> const float* {
+      return b < blocks ? cache.keys(table[b], head) : cache.values(table[(b - blocks) % blocks], head);
+    };
+    const float *keys[kTogether], *next[kTogether];
     float* to[ROWS];
     std::copy(scores, scores + ROWS, to);
     int64_t b = 0;
     for (; b + kTogether <= blocks; b += kTogether) {
-      for (int k = 0; k < kTogether; ++k) keys[k] = cache.keys(table[b + k], head);
-      score<ROWS, kTogether>(queries, keys, cache.dim, scale, to);
+      for (int k = 0; k < kTogether; ++k) {
+        keys[k] = cache.keys(table[b + k], head);
+        next[k] = after(b + kTogether + k);
+      }
+      score<ROWS, kTogether>(queries, keys, next, cache.dim, scale, to);
       for (int r = 0; r < ROWS; ++r) to[r] += kTogether * kBlock;
     }
     for (; b < blocks; ++b) {
       keys[0] = cache.keys(table[b], head);
-      score<ROWS, 1>(queries, keys, cache.dim, scale, to);
+      next[0] = after(b + 1);
+      score<ROWS, 1>(queries, keys, next, cache.dim, scale, to);
       for (int r = 0; r < ROWS; ++r) to[r] += kBlock;
     }
   }
@@ -91,9 +103,11 @@ inline void weigh(const float* const* weights, const float* totals, const Cache&
   Vector sums[ROWS][VECTORS] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const float* values = cache.values(table[b], head) + d;
-    for (int64_t t = 0; t < kBlock; ++t, values += cache.dim)
+    const float* next = cache.values(table[std::min(b + 1, blocks - 1)], head) + d;
+    for (int64_t t = 0; t < kBlock; ++t, values += cache.dim, next += cache.dim)
       for (int v = 0; v < VECTORS; ++v) {
         const Vector value = load(values + v * kWidth);
+        __builtin_prefetch(next + v * kWidth);
         for (int r = 0; r < ROWS; ++r) sums[r][v] += value * weights[r][b * kBlock + t];
       }
   }

@@ -94,6 +94,9 @@ struct LowItem {
 // many for any number of rows, so that a row's result is the same to the last bit in any company.
 constexpr int kSums = 4;
 
+// Floats by which the memory is asked ahead for an adapter's first matrix: 4 kB.
+constexpr int64_t kLowAhead = 1024;
+
 template <int ROWS>
 inline void low_rows(const float* x, int64_t in, const float* a, int64_t rank, int64_t width,
                      float* low) {
@@ -102,6 +105,7 @@ inline void low_rows(const float* x, int64_t in, const float* a, int64_t rank, i
   for (; i + kSums <= in; i += kSums)
     for (int k = 0; k < kSums; ++k) {
       const Vector weights = load(a + (i + k) * rank);
+      __builtin_prefetch(a + (i + k) * rank + kLowAhead, 0, 2);
       for (int r = 0; r < ROWS; ++r) sums[r][k] += weights * x[r * in + i + k];
     }
   for (; i < in; ++i)
@@ -470,11 +474,12 @@ void linear_f32(const float* x, int64_t rows, int64_t in, const float* w, const 
 // The same for weights in panels: [out / 32 rounded up, in, 32], filled up with zeros.
 void linear_panels(const float* x, int64_t rows, int64_t in, const float* panels, const float* bias,
                    float* y, int64_t out, const AdapterRows* groups, int64_t count, float* low) {
-  // The chunks go to the threads in turn, so that this many further on comes the same thread's next.
+  // The chunks go to the threads in turn, so that this many further on comes the same thread's next. Behind
+  // the layer's last lies, as a rule, the next layer; asking for what is not there does nothing.
   const int64_t ahead = omp_get_max_threads() * kPanel;
   with_updates(x, in, y, out, groups, count, low, kPanel, [&](int64_t first, int64_t last) {
     const float* panel = panels + first * in;
-    panel_product(x, rows, in, panel, first + ahead < out ? panel + ahead * in : panel,
+    panel_product(x, rows, in, panel, panel + ahead * in,
                   bias ? bias + first : nullptr, y + first, out, last - first);
   });
 }
