@@ -5,6 +5,7 @@ it after its projections, norms and rotary embedding. A step's tokens come flat,
 tokens of every sequence one after the other, so nothing is padded.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -170,6 +171,11 @@ class NativeSpans:
     def group(self, number: int) -> Any:
         """The spans with the tables of one group."""
         return self._rows[number]
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where the spans of each group lie."""
+        return [ctypes.addressof(rows) for rows in self._rows]
 
 
 @dataclass

@@ -161,6 +161,7 @@ class CodedLinear(NativeLinear):
         self.in_features, self.out_features = weights.in_features, weights.out_features
         self._weights = weights
         self._kernels = kernels
+        self._kernel = kernels.linear_coded
         self._layout = (
             weights.bits,
             *map(_pointer, (weights.codes, weights.scales, weights.offsets, weights.table)),
@@ -193,7 +194,7 @@ class CodedLinear(NativeLinear):
         """See `NativeLinear`."""
         order = self._weights.order
         ordered = hidden if order is None else hidden.index_select(-1, order)
-        self._kernels.linear_coded(
+        self._kernel(
             ordered.data_ptr(), hidden.data_ptr(), hidden.shape[-2], self.in_features,
             *self._layout, _pointer(self.bias), output.data_ptr(), self.out_features,
             groups, count, low,

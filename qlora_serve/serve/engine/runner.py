@@ -1,5 +1,6 @@
 """The only place where a step becomes tensors: chunks in, one sampled token a chunk out."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from qlora_serve.serve.engine.lora import (
     native_updates,
     rows_by_adapter,
 )
+from qlora_serve.serve.engine.replay import MOST_ROWS, LayerReplay, record
 from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import sample
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Chunk, Limits, Step
@@ -75,6 +77,8 @@ class Runner:
         self.item_bytes = self._dtype.itemsize
         """Bytes of a number in the dtype that is computed in."""
         self._find_shapes()
+        self.replay: LayerReplay | None = None
+        """Of the layers' kernel calls, where they can be recorded."""
         self._flash, self.attention = flash, "flash-attn"
         self._capture = capture
         self.graphs: DecodeGraphs | None = None
@@ -128,6 +132,10 @@ class Runner:
         blocks = [group.blocks for group in limits.groups]
         kind = KvCache if self._flash is None else FlashCache
         self._context.cache = kind(self._context.shapes, self.windows, blocks)
+        if self._context.kernels is not None and self._flash is None:
+            if self.replay is not None:
+                self.replay.remove()
+            self.replay = self._record(min(limits.step_tokens, MOST_ROWS))
         if self._flash is not None and self._capture is not None:
             device = self.base.device
             slots = GraphSlots(self.layers.shapes, limits.max_sequences, self._dtype, device)
@@ -135,6 +143,13 @@ class Runner:
                 self._logits, self._context, limits, slots, self._flash.with_cache, self._capture
             )
         return limits
+
+    @torch.inference_mode()
+    def _record(self, rows: int) -> LayerReplay | None:
+        every = torch.arange(3)
+        return record(
+            self.base.model, self._context, rows, lambda ids, at: self._logits(ids, at, every)
+        )
 
     @torch.inference_mode()
     def _find_shapes(self) -> None:
@@ -221,11 +236,13 @@ class Runner:
         if context.kernels is not None:
             context.adapter_updates = native_updates(context.adapter_rows)
             context.output_updates = native_updates(context.output_rows)
-        logits = self._logits(
-            torch.tensor([ids], device=device),
-            torch.tensor([positions], device=device),
-            torch.tensor(kept, dtype=torch.long, device=device),
-        )
+        residents = [adapter.resident for *_, adapter in context.adapter_rows]
+        with self.replay.step(len(ids), residents) if self.replay else nullcontext():
+            logits = self._logits(
+                torch.tensor([ids], device=device),
+                torch.tensor([positions], device=device),
+                torch.tensor(kept, dtype=torch.long, device=device),
+            )
         if self._scoring.is_needed:
             logits = self._scoring.finish(chunks, logits, self._vocabulary)
         if logits.shape[-1] > self._vocabulary:

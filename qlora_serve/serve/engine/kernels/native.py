@@ -16,7 +16,8 @@ from qlora_serve.base.source import cache_folder
 log = logging.getLogger(__name__)
 
 _SOURCES = [
-    Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp")
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp", "replay.cpp")
 ]
 _HEADERS = [Path(__file__).with_name("vectors.h")]
 # Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
@@ -45,6 +46,9 @@ class SpanRows(ctypes.Structure):
 
 class Kernels:
     """The loaded functions. Every call releases Python's lock."""
+
+    FLOATS = (_FLOAT,)
+    """The types of arguments that are no whole numbers or pointers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.linear = library.linear_f32
@@ -85,6 +89,9 @@ class Kernels:
         self.rotate.argtypes = [
             _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
         ]  # fmt: skip
+        self.replay = library.replay_calls
+        self.replay.restype = None
+        self.replay.argtypes = [_POINTER, _INT]
         self.attention = library.attention_f32
         self.attention.restype = None
         self.attention.argtypes = [
