@@ -6,9 +6,9 @@ Each case trains (or serves) in a process of its own. Its peak is what resident 
 above what it is after all imports; the kernel's own high-water mark is read, so that nothing is
 missed between samples. Linux only.
 
-A plan counts tensors. glibc's heap keeps freed blocks below 32 MiB and gets gaps, so the processes
-run with MALLOC_MMAP_THRESHOLD_ set, which gives each block back when it is freed; `--heap` measures
-them without it.
+The C library's heap is as it is by default. `--exact` runs the processes with
+MALLOC_MMAP_THRESHOLD_ set, which gives each block back when it is freed, so that what is measured
+is the tensors alone, without the gaps of the heap.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--case", action="append", help="only this one; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--heap", action="store_true", help="with the heap as it is by default")
+    parser.add_argument("--exact", action="store_true", help="without the gaps of the heap")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -64,7 +64,7 @@ def main() -> None:
     unknown = sorted(set(chosen) - TRAINING.keys() - SERVING.keys())
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join([*TRAINING, *SERVING])}")
-    environment = {} if arguments.heap else {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD)}
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD)} if arguments.exact else {}
     rows = []
     for name in chosen:
         rows.append(_case(name, arguments.base, environment))

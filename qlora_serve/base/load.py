@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qlora_serve.base import gptq
 from qlora_serve.base.identity import fingerprint, weight_files
+from qlora_serve.base.memory import give_back
 from qlora_serve.base.source import BaseSource, loading_reason, locate_base
 from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
 from qlora_serve.errors import BaseModelError
@@ -91,6 +92,9 @@ def load_base(
     model, info = _load_model(source, torch_dtype, torch_device, extra)
     if stored == "gptq":
         gptq.settle(model, info, source, weights)
+    if quantization != "none" and stored == "none" and torch_device.type == "cpu":
+        _let_go_of_files(model)
+        give_back()
     model.eval()
     _keep_nf4_as_stored(model)
     return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
@@ -164,6 +168,18 @@ def _load_model(
             f"first {missing[0]}"
         )
     return model, info
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copies what was not quantized out of the mapped weight files, so that these go away.
+
+    safetensors maps a file, and a tensor that stays as it is stored points into it. One of them,
+    the embedding usually, keeps the whole file in memory: all layers unquantized, beside what was
+    made of them.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _keep_nf4_as_stored(model: Any) -> None:

@@ -1,5 +1,8 @@
 """Loading, quantizing while loading, and shapes without weights."""
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,6 +48,19 @@ def test_nf4_while_loading_is_near_the_base_and_not_equal(base):
     assert not expected.equal(got)
     assert correlation > 0.9
     assert not plain.model.training
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_that_is_quantized_lets_its_files_go(base, quantization):
+    """One tensor that points into the mapped file would keep all of it in memory."""
+    pytest.importorskip("bitsandbytes")
+    plain = load_base(str(base), device="cpu")
+    assert str(base) in Path("/proc/self/maps").read_text()  # which is how it would be
+    del plain
+    loaded = load_base(str(base), quantization=quantization, device="cpu")
+    assert loaded.quantization == quantization
+    gc.collect()
+    assert str(base) not in Path("/proc/self/maps").read_text()
 
 
 def test_nf4_copy_on_disk(base, nf4):

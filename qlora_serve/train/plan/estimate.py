@@ -17,13 +17,18 @@ from qlora_serve.train.plan.weights import (
     Scheme,
     base_bytes,
     by_component,
-    mapped_bytes,
     scheme,
     state_bytes,
 )
 from qlora_serve.train.prepare import longest_rows
 
 _GRADIENT_BYTES = 4
+# On a CPU, measured with glibc (benchmarks/plan_memory.py): blocks below 32 MiB come from one heap,
+# which gets gaps of about this share of what a step takes, and hardly less than so much; the
+# program's own things (tokenizer, trainer, checks) take so much.
+_GAPS = 0.2
+_LEAST_GAPS = 150 * 2**20
+_PROGRAM_BYTES = 100 * 2**20
 _ZERO_BUCKET = 500_000_000  # elements; DeepSpeed's default reduce_bucket_size
 # As `serve` computes them in one step, on a CPU and on a GPU.
 _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
@@ -48,8 +53,8 @@ class TrainingMemory(Frozen):
     """What the backward pass needs, logits and passing tensors, at the fullest moment."""
     communication: int = 0
     """Buckets and gathered layers of several processes."""
-    mapped: int = 0
-    """On a CPU, pages of weight files that stay mapped; the system can take them back."""
+    heap: int = 0
+    """On a CPU: gaps in the heap, and what the program itself takes."""
 
     @property
     def total(self) -> int:
@@ -78,13 +83,11 @@ class ServingMemory(Frozen):
     step: int
     """Passing tensors of one step."""
     kv_bytes_per_token: int
-    mapped: int = 0
-    """On a CPU, pages of weight files that stay mapped; the system can take them back."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.kv_cache + self.step + self.mapped
+        return self.weights + self.adapters + self.kv_cache + self.step
 
 
 class Parameters(Frozen):
@@ -149,11 +152,6 @@ class Planner:
             for how in {self.how, Scheme("nf4")}
             for trains in (True, False)
         }
-        on_cpu = self.device == "cpu"
-        self._mapped = {
-            trains: mapped_bytes(self.source, skeleton, self.how, self._stored(trains)) * on_cpu
-            for trains in (True, False)
-        }
         # Only trained tokens need the tokenizer, to be known by their text.
         tokenizer = load_tokenizer(self.source) if settings.trainable_tokens else None
         base = LoadedBase(self.source, skeleton, tokenizer, "none", self.dtype)
@@ -187,7 +185,7 @@ class Planner:
             optimizer=self._optimizer_bytes,
             # Where the peak comes before the gradients are there, they take no memory of their own.
             activations=max(0, peak - gradients),
-            mapped=self._mapped[True] if variant.how == self.how else 0,
+            heap=_heap_bytes(peak) if self.device == "cpu" else 0,
         )
 
     def with_lora(self) -> "Planner":
@@ -279,7 +277,6 @@ class Planner:
             kv_cache=per_token * context * chosen.max_sequences,
             step=serving_peak(self.model, step, self.how),
             kv_bytes_per_token=per_token,
-            mapped=self._mapped[False],
         )
 
     @property
@@ -313,6 +310,11 @@ def plan(planner: Planner) -> Plan:
         context=planner.context,
         max_sequences=planner.settings.max_sequences,
     )
+
+
+def _heap_bytes(step: int) -> int:
+    """What a process on a CPU holds beyond its tensors; see the constants."""
+    return _PROGRAM_BYTES + max(_LEAST_GAPS, int(_GAPS * step))
 
 
 def _set_checkpointing(model: Any, wanted: bool) -> None:

@@ -9,7 +9,7 @@ _BAR = 46
 _COLOURS = {
     "weights": "blue", "adapter": "cyan", "gradients": "magenta", "optimizer": "yellow",
     "activations": "green", "communication": "red", "adapters": "cyan", "kv cache": "yellow",
-    "step": "green", "mapped": "bright_black",
+    "step": "green", "heap": "bright_black",
 }  # fmt: skip
 
 
@@ -42,7 +42,6 @@ def show(console: Any, plan: Plan, cards: list[CardFit]) -> None:
             "adapters": serving.adapters,
             "kv cache": serving.kv_cache,
             "step": serving.step,
-            "mapped": serving.mapped,
         },
     )
     if plan.device != "cpu":
@@ -102,7 +101,7 @@ def _stages(plan: Plan) -> Any:
     processes = plan.stages[0].processes
     title = f"\nEach of {processes} processes, GiB"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    parts = [name for name in plan.training.model_dump() if name != "mapped"]
+    parts = [name for name in plan.training.model_dump() if name != "heap" or plan.training.heap]
     for column in ("stage", *parts, "total"):
         justify: Any = "left" if column == "stage" else "right"
         table.add_column(column, justify=justify, no_wrap=True)

@@ -130,30 +130,6 @@ def base_bytes(model: Any, how: Scheme, dtype: str, for_training: bool) -> int:
     return int(total)
 
 
-def mapped_bytes(source: BaseSource, model: Any, how: Scheme, kept: str) -> int:
-    """On a CPU: bytes of weight files that stay in memory beside what was made of them.
-
-    safetensors maps a file. Tensors that stay as they are stored point into it, and keep all of it,
-    also the layers that were quantized while loading. The pages count as the process's own, but the
-    system takes them back when memory is short.
-
-    Args:
-        source: the base.
-        model: on the meta device, without adapter.
-        how: how its linear layers are held.
-        kept: the dtype of all others.
-    """
-    stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "float32")
-    if source.quantization != "none" or how.kind == "none" or stored != kept:
-        return 0
-    head = model.get_output_embeddings()
-    return sum(
-        parameter.numel() * BYTES[kept]
-        for module, name, parameter in base_parameters(model)
-        if name == "weight" and is_quantized(module, head, how)
-    )
-
-
 def state_bytes(optimizer: str, shape: tuple[int, ...]) -> int:
     """Bytes that an optimizer keeps for one trained tensor.
 
