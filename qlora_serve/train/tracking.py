@@ -10,6 +10,9 @@ from qlora_serve.train.config import TrainSettings
 
 Warn = Callable[[str], None]
 
+# Trackers that cannot log in have been seen to leave by `sys.exit`.
+_FAILURES = (Exception, SystemExit)
+
 
 def open_trackers(settings: TrainSettings, warn: Warn | None = None) -> list[TrainerCallback]:
     """A callback for each tracker of `settings.track` that can be opened.
@@ -26,7 +29,7 @@ def open_trackers(settings: TrainSettings, warn: Warn | None = None) -> list[Tra
     for name in dict.fromkeys(settings.track):
         try:
             callback = _open(name, settings)
-        except Exception as error:  # whatever a tracker raises, the run goes on
+        except _FAILURES as error:  # whatever a tracker raises, the run goes on
             said(_warning(name, error))
             continue
         trackers.append(GuardedTracker(name, callback, said))
@@ -42,10 +45,30 @@ def _open(name: str, settings: TrainSettings) -> TrainerCallback:
         raise ImportError(f"it is not installed: pip install 'qlora-serve[{name}]'")
     (kind,) = get_reporting_integration_callbacks([name])
     callback: Any = kind()
+    if name == "swanlab":
+        callback._swanlab = _SwanLab(callback._swanlab)
     if name == "tensorboard":
         output = settings.output
         callback.logging_dir = str(output.with_name(f"{output.name}.tensorboard"))
     return callback
+
+
+class _SwanLab:
+    """The module `swanlab` as transformers' callback knows it.
+
+    Since 0.10 `get_run` raises where no run is active; the callback expects None, and then makes
+    one.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def get_run(self) -> Any:
+        """The active run, or None."""
+        return self._module.get_run() if self._module.has_run() else None
 
 
 class GuardedTracker(TrainerCallback):
@@ -69,11 +92,11 @@ class GuardedTracker(TrainerCallback):
         try:
             # What it returns could steer the run, which is no tracker's business.
             getattr(self._callback, event)(*arguments, **others)
-        except Exception as error:
+        except _FAILURES as error:
             self.has_failed = True
             self._warn(_warning(self._name, error))
 
 
-def _warning(name: str, error: Exception) -> str:
+def _warning(name: str, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"warning: {name} does not track this run any more: {reason}"
