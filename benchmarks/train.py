@@ -61,8 +61,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         files = _write_rows(work, options.rows)
-        results: Results = {}
-        for number in range(options.rounds):
+        results = earlier_rounds(options.json) if options.append else {}
+        done = max((len(turns) for case in results.values() for turns in case.values()), default=0)
+        for number in range(done, done + options.rounds):
             for case in [case for case in CASES if case.name in options.cases]:
                 # Who goes first changes from round to round.
                 systems = [OWN, PEER][:: 1 if number % 2 == 0 else -1]
@@ -85,14 +86,32 @@ def _options() -> Any:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument(
+        "--append", action="store_true", help="go on with the rounds that --json holds already"
+    )
     parser.add_argument("--quick", action="store_true", help="16 rows, one round")
     options = parser.parse_args()
+    if options.append and not options.json:
+        parser.error("--append needs --json FILE")
     if options.quick:
         options.rows, options.rounds = 16, 1
     from qlora_serve.base.source import locate_base
 
     options.base = str(locate_base(options.base).path)
     return options
+
+
+def earlier_rounds(file: Path) -> Results:
+    """The turns that an earlier call has measured; none if there is no such file yet."""
+    if not file.exists():
+        return {}
+    cases = json.loads(file.read_text())["cases"]
+    return {
+        case: {
+            system: [Turn(**turn) for turn in turns] for system, turns in found["systems"].items()
+        }
+        for case, found in cases.items()
+    }
 
 
 def _write_rows(folder: Path, count: int) -> dict[str, list[str]]:

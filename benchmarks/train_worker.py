@@ -139,15 +139,18 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
 def evaluate(job: dict[str, Any]) -> dict[str, float]:
     """The mean loss of each adapter on held-out rows, and the tokens of the training rows.
 
-    By transformers' own loss, a row at a time, whoever trained the adapter.
+    By transformers' own loss, a row at a time, on the base that was trained on, whoever trained
+    the adapter.
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+
+    from qlora_serve.base.load import load_base
 
     found = {"tokens": float(sum(len(row.input_ids) for row in tokenized(job, job["data"])))}
     rows = tokenized(job, job["heldout"])
-    model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    quantization = "nf4" if job["nf4"] else "none"
+    model: Any = load_base(job["base"], quantization, "float32", "cpu").model
     for number, path in enumerate(job["adapters"]):
         if number == 0:
             model = PeftModel.from_pretrained(model, path, adapter_name="0").eval()
