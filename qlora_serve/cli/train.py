@@ -28,7 +28,7 @@ _PANELS = {
         "eval_every", "load_best", "early_stopping", "sample_prompt", "sample_rows",
         "sample_tokens",
     ],
-    "Processes": ["processes", "deepspeed", "nodes", "node_rank", "rendezvous"],
+    "Processes": ["processes", "deepspeed", "fsdp", "nodes", "node_rank", "rendezvous"],
     "Run": ["save_every", "keep", "resume", "track", "seed"],
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from qlora_serve.train.config import TrainSettings
+from qlora_serve.train.fsdp import fsdp_arguments
 from qlora_serve.train.optimizer import transformers_name
 from qlora_serve.train.parallel import world_size
 from qlora_serve.train.zero import deepspeed_config
@@ -40,6 +41,7 @@ def training_arguments(settings: TrainSettings, device: Any, dtype: str) -> Trai
         ddp_backend=None if on_gpu or world_size() == 1 else "gloo",
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed_config(settings) if settings.deepspeed else None,
+        **(fsdp_arguments() if settings.fsdp else {}),
         seed=settings.seed,
         eval_strategy="steps" if settings.eval_every else "no",
         eval_steps=settings.eval_every,

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Sampler
 
 from qlora_serve.train.dataset import IGNORED, Item
+from qlora_serve.train.parallel import rank, world_size
 
 Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
 
@@ -109,6 +110,20 @@ def _rows(items: Sequence[Item | Sequence[Item]]) -> list[Item]:
     for item in items:
         found += [item] if isinstance(item, dict) else cast("Sequence[Item]", item)
     return found
+
+
+def own_batches(rows: int, micro_batch: int) -> Iterator[tuple[range, bool]]:
+    """This process's share of all rows, as batches, and whether each counts.
+
+    Every process gets as many, since they may have to compute together; those that do not count
+    fill up.
+    """
+    for start in range(0, rows, micro_batch * world_size()):
+        first = start + rank() * micro_batch
+        if first < rows:
+            yield range(first, min(first + micro_batch, rows)), True
+        else:
+            yield range(1), False
 
 
 class LengthGroupedSampler(Sampler[int]):

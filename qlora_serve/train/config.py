@@ -139,6 +139,8 @@ class TrainSettings(DataSettings):
     deepspeed: str | None = Field(None, json_schema_extra={"metavar": "zero2|zero3|FILE"})
     """Split the training's memory over processes: zero2, zero3, zero2-offload, zero3-offload, or a
     DeepSpeed config file."""
+    fsdp: bool = False
+    """Split weights, gradients and optimizer over processes with torch's FSDP instead."""
     track: tuple[Literal["tensorboard", "swanlab", "wandb", "mlflow", "trackio"], ...] = ()
     """Also report to this tracker: tensorboard, swanlab, wandb, mlflow or trackio; may be given
     again. One that fails does not stop the run."""
@@ -270,6 +272,10 @@ def _parallel_problem(settings: TrainSettings) -> str | None:
         return "nodes: several machines need --rendezvous HOST:PORT, of machine 0"
     if settings.nodes == 1 and (settings.rendezvous or settings.node_rank):
         return "rendezvous, node_rank: these are for --nodes 2 or more"
+    if settings.fsdp and settings.deepspeed:
+        return "fsdp: it splits the same as --deepspeed; choose one"
+    if settings.fsdp and not settings.is_distributed:
+        return "fsdp: there is nothing to split with one process; use --processes 2 or more"
     if settings.node_rank >= settings.nodes:
         return f"node_rank: {settings.node_rank} of {settings.nodes} machines; they count from 0"
     return None

@@ -14,6 +14,7 @@ from qlora_serve.files import require_free_output
 from qlora_serve.train.checkpoints import newest_whole
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.data import ChatRow
+from qlora_serve.train.fsdp import check_fsdp
 from qlora_serve.train.launch import needs_launch
 from qlora_serve.train.parallel import local_rank
 from qlora_serve.train.prepare import RunData, longest_rows, read_run_data
@@ -48,6 +49,7 @@ def check_inputs(settings: TrainSettings) -> RunInputs:
         raise ConfigError("eval_every: no rows are held out; see --eval-split and --eval-data")
     source = locate_base(settings.base)
     check_stage(settings, source.quantization)
+    check_fsdp(settings, source.quantization)
     unquantized = _unquantized(settings, source)
     max_length = longest_rows(settings.max_length, source)
     return RunInputs(data, source, unquantized, max_length, resume_from)

@@ -41,8 +41,14 @@ Batch = dict[str, Tensor]
 class Layout:
     """The layout of a model's batches."""
 
-    def __init__(self, model: Any, packing: bool) -> None:
+    def __init__(self, model: Any, packing: bool, will_split: bool = False) -> None:
         """Finds out what the model can do.
+
+        Args:
+            model: the model, before it is wrapped.
+            packing: whether rows are to lie in one line.
+            will_split: whether its weights are about to be split over processes, so that only the
+                model's own forward pass finds the output head's whole.
 
         Raises:
             ConfigError: packing was asked for, and rows would see each other.
@@ -53,7 +59,7 @@ class Layout:
         self._in_pieces = causal.device.type == "cpu" and _processes() == 1
         self.kind = self._find_kind(causal, packing)
         self.collate = _COLLATE[self.kind]
-        self._form = self._find_form(causal)
+        self._form = None if will_split else self._find_form(causal)
 
     def loss(self, model: Any, inputs: Batch) -> Tensor:
         """The summed loss of a batch; call it, and `backward`, within `over`."""

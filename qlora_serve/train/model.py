@@ -3,7 +3,8 @@
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def _whole_model(base: LoadedBase, settings: TrainSettings) -> Any:
         )
     model = base.model
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
+        with _names_of_transformers_5():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
@@ -202,15 +204,28 @@ def _token_ids(tokenizer: Any, tokens: Iterable[str]) -> list[int]:
 def _prepare(base: LoadedBase, gradient_checkpointing: bool) -> None:
     if base.quantization == "none":
         if gradient_checkpointing:
-            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING)
+            with _names_of_transformers_5():
+                base.model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs=_CHECKPOINTING
+                )
         return
     from peft import prepare_model_for_kbit_training
 
-    prepare_model_for_kbit_training(
-        base.model,
-        use_gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs=_CHECKPOINTING,
-    )
+    with _names_of_transformers_5():
+        prepare_model_for_kbit_training(
+            base.model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs=_CHECKPOINTING,
+        )
+
+
+@contextmanager
+def _names_of_transformers_5() -> Iterator[None]:
+    """Later versions of it warn that `gradient_checkpointing_enable` is about to be renamed, which
+    is nothing that a user could mend; PEFT still calls it, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _start_from_data(model: Any, batches: Batches) -> None:

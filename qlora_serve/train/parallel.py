@@ -41,6 +41,16 @@ def shared(value: Value) -> Value:
     return box[0]
 
 
+def is_split(model: Any) -> bool:
+    """Whether each process holds only a part of a model's weights (ZeRO-3, FSDP)."""
+    return any(hasattr(weight, "ds_id") or is_part(weight) for weight in model.parameters())
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a parameter is split by FSDP: a distributed tensor, of which this is one part."""
+    return hasattr(parameter, "placements")
+
+
 def any_of(asked: bool) -> bool:
     """Whether it holds in any process."""
     return any(_gather(asked))

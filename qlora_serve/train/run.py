@@ -1,11 +1,13 @@
 """A training run from settings to a published adapter directory."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_serve.adapters.manifest import Manifest, write_manifest
+from qlora_serve.base.memory import give_back
 from qlora_serve.base.source import BaseSource
 from qlora_serve.files import published_directory
 from qlora_serve.progress import progress
@@ -77,11 +79,22 @@ def train(settings: TrainSettings, report: Report) -> TrainResult:
         KeyboardInterrupt: someone asked to stop; the output does not appear, and if training had
             begun a checkpoint was saved.
     """
+    _let_waiting_threads_sleep()
     with terminate_as_interrupt():
         inputs = check_inputs(settings)
         if needs_launch(settings) and not is_worker():
             return TrainResult(settings.output, launch(settings))
         return _train(settings, inputs, report if is_main() else _silent)
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Keeps threads from spinning while they wait for the others, unless the user has chosen.
+
+    torch's threads meet thousands of times in a step. Where anything else takes one of the cores,
+    those that spin keep the late one from running: with one other busy process on two cores, a run
+    was half as fast as with threads that sleep. OpenMP reads this when torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _silent(_: str) -> None:
@@ -207,6 +220,8 @@ def _publish(
     dtype: str,
     report: Report,
 ) -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from qlora_serve.train import save
     from qlora_serve.train.report.page import try_report
     from qlora_serve.train.verify import verify_model, verify_saved
@@ -216,6 +231,11 @@ def _publish(
             save.save_model(model, staging, outcome.tensors, dtype)
         else:
             save.save_adapter(model, staging, outcome.tensors)
+        if str(model.device) == "cpu":
+            give_back()  # the checks need some, and training needs none any more
+        # Else transformers would split the models that the report and the checks are made with, and
+        # wait for processes that have nothing more to do.
+        unset_hf_deepspeed_config()
         _write_extra(settings, base, staging, manifest)
         outcome.log.write(staging)
         try_report(staging, settings.output.name, report)

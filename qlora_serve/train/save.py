@@ -11,7 +11,7 @@ import torch
 
 from qlora_serve.adapters.files import WEIGHTS_FILE
 from qlora_serve.errors import TrainError
-from qlora_serve.train.parallel import is_main
+from qlora_serve.train.parallel import is_main, is_part
 
 TRAINED_FILE = "trained.safetensors"
 """In a checkpoint whose adapter was converted: the tensors as they are being trained."""
@@ -25,7 +25,7 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     These are the trainable ones and, where the vocabulary grew, the embeddings.
 
     Under ZeRO-3 a parameter is an empty tensor between the steps, each process holding a part of
-    it elsewhere; all processes must call this.
+    it elsewhere, and under FSDP it is a part; all processes must call this.
     """
     found = {}
     grown = _grown_embeddings(model)
@@ -33,7 +33,9 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters(remove_duplicate=not is_adapter(model)):
         if parameter.requires_grad or name in grown:
             with _whole(parameter):
-                found[name] = parameter.detach().to("cpu", copy=True).contiguous()
+                tensor = parameter.detach()
+                tensor = tensor.full_tensor() if is_part(tensor) else tensor
+                found[name] = tensor.to("cpu", copy=True).contiguous()
     return found
 
 
@@ -72,8 +74,18 @@ def put_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> None:
         if name not in tensors or tensors[name].shape != shape:
             raise TrainError(f"the checkpoint does not fit this run: {name} is not in it")
         with _whole(parameter, writer=0), torch.no_grad():
-            if parameter.shape == shape:
+            if is_part(parameter):
+                _put_part(parameter, tensors[name])
+            elif parameter.shape == shape:
                 parameter.copy_(tensors[name])
+
+
+def _put_part(parameter: Any, whole: torch.Tensor) -> None:
+    """Writes this process's part of a tensor that every process holds whole."""
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(parameter.device, parameter.dtype)
+    parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
 
 
 @contextlib.contextmanager

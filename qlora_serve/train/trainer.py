@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from qlora_serve.base.memory import HeapLimit
 from qlora_serve.errors import OutputError, TrainError
 from qlora_serve.progress import progress
-from qlora_serve.train import save
-from qlora_serve.train.batches import LengthGroupedSampler
+from qlora_serve.train import fsdp, save
+from qlora_serve.train.batches import LengthGroupedSampler, own_batches
 from qlora_serve.train.checkpoints import (
     RUN_FILE,
     STATE_FILE,
@@ -31,7 +32,7 @@ from qlora_serve.train.interrupt import stop_on_signals
 from qlora_serve.train.layout import Layout
 from qlora_serve.train.log import Evaluation, TrainingLog, peak_memory, read_log
 from qlora_serve.train.optimizer import loraplus_optimizer
-from qlora_serve.train.parallel import any_of, is_main, rank, world_size
+from qlora_serve.train.parallel import any_of, is_main, is_split, world_size
 from qlora_serve.train.samples import Sampler
 from qlora_serve.train.schedule import rate_factor, warmup_steps
 from qlora_serve.train.watcher import Watcher
@@ -96,7 +97,8 @@ def train_model(run: Run) -> TrainOutcome:
             for callback in (Watcher(trainer, bar.update, stop), *run.callbacks):
                 trainer.add_callback(callback)
             on_cpu = trainer.args.device.type == "cpu"
-            with fast_lora(run.model) if on_cpu else nullcontext():
+            # FSDP puts weights together for a layer's own forward pass only.
+            with fast_lora(run.model) if on_cpu and not run.settings.fsdp else nullcontext():
                 trainer.train(resume_from_checkpoint=_text(run.resume_from))
             trainer.log_.peak_memory_bytes = peak_memory(trainer.args.device)
             if any_of(stop.asked):
@@ -134,7 +136,12 @@ class OurTrainer(Trainer):
         self.settings = run.settings
         self.log_ = TrainingLog(environment=run.environment)
         self.step_tokens = 0
-        self.layout = Layout(run.model, run.settings.packing)
+        # Who quantizes a base wants less memory, even at the cost of asking for pages again.
+        lean = run.settings.quantization != "none" and run.model.device.type == "cpu"
+        self.heap = HeapLimit() if lean else None
+        self.layout = Layout(run.model, run.settings.packing, run.settings.fsdp)
+        if run.settings.fsdp:
+            fsdp.untie_originals(run.model)
         super().__init__(
             model=run.model,
             args=run.arguments,
@@ -145,6 +152,12 @@ class OurTrainer(Trainer):
         # Makes Trainer count the labels of all micro-batches of a step, whatever the model takes.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called by Trainer while it is built."""
+        super().create_accelerator_and_postprocess()
+        if self.settings.fsdp and self.args.device.type == "cpu":
+            fsdp.enable_on_cpu(self)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Our schedule; transformers' own spend the first step at a rate of zero."""
@@ -182,6 +195,8 @@ class OurTrainer(Trainer):
         for piece in self.layout.pieces(inputs):
             with self.layout.over(piece):
                 total = total + super().training_step(model, piece, num_items_in_batch)
+        if self.heap is not None:
+            self.heap.after_step()
         return total
 
     def compute_loss(
@@ -225,7 +240,7 @@ class OurTrainer(Trainer):
         was_training = self.model_wrapped.training
         self.model_wrapped.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
-        for rows, counts in _own_batches(len(self.eval_dataset), self.settings.micro_batch):
+        for rows, counts in own_batches(len(self.eval_dataset), self.settings.micro_batch):
             items = [self.eval_dataset[row] for row in rows]
             inputs = self._prepare_inputs(self.layout.collate(items))
             with self.compute_loss_context_manager(), self.layout.over(inputs):
@@ -247,7 +262,7 @@ class OurTrainer(Trainer):
     def take_samples(self) -> None:
         """Answers the fixed prompts with the model as it is."""
         sampler = self.run.sampler
-        shards = _is_zero3()
+        shards = is_split(self.model)
         if sampler and (is_main() or shards):
             found = sampler.answers(self.model, self.state.global_step, shards)
             self.log_.samples.extend(found)
@@ -315,7 +330,10 @@ class OurTrainer(Trainer):
     def _write_checkpoint(self, staging: Path, target: Path) -> None:
         self.save_model(str(staging))
         with torch_write_errors(target):
-            self._save_optimizer_and_scheduler(str(staging))
+            if self.settings.fsdp:
+                fsdp.save_optimizer(self, staging)
+            else:
+                self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
         if not is_main():
@@ -362,26 +380,6 @@ def _token_count(inputs: dict[str, torch.Tensor]) -> int:
     if mask is not None and mask.dim() == 2:
         return int(mask.sum())
     return inputs["input_ids"].numel()
-
-
-def _own_batches(rows: int, micro_batch: int) -> Iterator[tuple[range, bool]]:
-    """This process's share of all rows, as batches, and whether each counts.
-
-    Every process gets as many, since they may have to compute together; those that do not count
-    fill up.
-    """
-    for start in range(0, rows, micro_batch * world_size()):
-        first = start + rank() * micro_batch
-        if first < rows:
-            yield range(first, min(first + micro_batch, rows)), True
-        else:
-            yield range(1), False
-
-
-def _is_zero3() -> bool:
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    return bool(is_deepspeed_zero3_enabled())
 
 
 def _remove_if_empty(folder: Path) -> None:

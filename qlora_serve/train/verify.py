@@ -11,6 +11,7 @@ from qlora_serve.adapters.weights import check_finite
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.errors import AdapterError, TrainError
 from qlora_serve.train import save
+from qlora_serve.train.parallel import is_split
 
 # The saved adapter computes the same sums on the same numbers, so that only rounding may differ.
 # Relative to the largest logit, for what the base computes in.
@@ -32,8 +33,8 @@ def verify_saved(
 
     It must fit its base, hold finite numbers and at least one update, equal the trained tensors
     bit for bit, and give the trained model's logits when PEFT loads it again. One that was
-    converted to fit the base as it was, or has biases, is put on a fresh copy of that base. Under
-    ZeRO-3, where one process alone cannot compute logits, the tensors have to do.
+    converted to fit the base as it was, or has biases, is put on a fresh copy of that base. Where
+    weights are split and one process alone cannot compute logits, the tensors have to do.
 
     Args:
         model: the trained PEFT model.
@@ -45,12 +46,6 @@ def verify_saved(
     Raises:
         TrainError: a check failed.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    is_split = is_deepspeed_zero3_enabled()
-    # Else transformers would split the models that are built for the checks.
-    unset_hf_deepspeed_config()
     try:
         adapter = read_adapter(folder)
         FitChecker(base.source).check(adapter)
@@ -63,7 +58,7 @@ def verify_saved(
         _compare_with_fresh_base(model, folder, base, probes, _CONVERTED_TOLERANCES[base.dtype])
         return
     _compare_tensors(saved, save.adapter_tensors(model, trained), "adapter")
-    if is_split:
+    if is_split(model):
         return
     if model.peft_config["default"].bias != "none":  # of which PEFT takes only one at a time
         _compare_with_fresh_base(model, folder, base, probes, _TOLERANCES[base.dtype])
@@ -84,11 +79,7 @@ def verify_model(
         TrainError: a check failed.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import is_deepspeed_zero3_enabled
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    is_split = is_deepspeed_zero3_enabled()
-    unset_hf_deepspeed_config()
     wanted = getattr(torch, dtype)
     reloaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted)
     saved = {name: parameter.detach() for name, parameter in reloaded.named_parameters()}
@@ -97,7 +88,7 @@ def verify_model(
         raise TrainError(f"the trained model holds NaN or infinite values, first in {broken[0]}")
     rounded = {name: tensor.to(wanted) for name, tensor in trained.items()}
     _compare_tensors(saved, rounded, "model")
-    if is_split:
+    if is_split(model):
         return
     reloaded = reloaded.float().to(model.device).eval()
     model.eval()

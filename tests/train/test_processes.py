@@ -85,6 +85,13 @@ def _require_same_form(found: Path, expected: Path) -> None:
         ),
         pytest.param("zero3-offload", {}, marks=pytest.mark.slow),
         pytest.param("zero2", {"quantization": "nf4"}, marks=pytest.mark.slow),
+        (None, {"fsdp": True, "modules_to_save": ("lm_head",)}),
+        pytest.param(
+            None,
+            {"fsdp": True, "gradient_checkpointing": True, "sample_prompt": ("Where?",)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(None, {"fsdp": True, "packing": True}, marks=pytest.mark.slow),
         pytest.param("zero2", {"loraplus_ratio": 4.0, "packing": True}, marks=pytest.mark.slow),
     ],
 )
@@ -99,7 +106,9 @@ def test_two_processes_make_the_adapter_of_one(
     assert done.stdout == f"{settings.output}\n"
     assert done.stderr.count("count in the loss") == 1  # one process speaks
     same = {
-        name: value for name, value in more.items() if name not in ("micro_batch", "accumulation")
+        name: value
+        for name, value in more.items()
+        if name not in ("micro_batch", "accumulation", "fsdp")
     }
     alone = _alone(base, data, tmp_path / "one", **same)
     _require_same_form(settings.output, alone)
@@ -117,11 +126,12 @@ def test_two_processes_make_the_adapter_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3", None])
+@pytest.mark.parametrize("split", ["zero2", "zero3", "fsdp", None])
 def test_two_processes_go_on_exactly(
-    base: Path, data: Path, tmp_path: Path, deepspeed: str | None
+    base: Path, data: Path, tmp_path: Path, split: str | None
 ) -> None:
-    more = {"processes": 2, "deepspeed": deepspeed, "dropout": 0.2, "max_steps": 30}
+    how: dict[str, Any] = {"fsdp": True} if split == "fsdp" else {"deepspeed": split}
+    more = {"processes": 2, "dropout": 0.2, "max_steps": 30, **how}
     whole = _settings(base, data, tmp_path / "whole", **more)
     assert _run(whole).returncode == 0
     settings = _settings(base, data, tmp_path / "out", save_every=1, keep=100, **more)
@@ -250,6 +260,9 @@ def _config(folder: Path, base: Path, data: Path, node: int, more: dict[str, Any
         ({"deepspeed": "zero3", "quantization": "nf4"}, "packed nf4 weights do not allow"),
         ({"deepspeed": "zero3", "init": "pissa"}, "pissa looks at whole weights"),
         ({"deepspeed": "zero9"}, "expected one of zero2, zero3"),
+        ({"fsdp": True, "quantization": "nf4"}, "packed nf4 weights do not allow"),
+        ({"fsdp": True, "init": "olora"}, "olora is converted with whole weights"),
+        ({"fsdp": True, "add_tokens": ("[new]",)}, "the enlarged embeddings are saved whole"),
     ],
 )
 def test_what_cannot_be_split_is_refused_before_anything_starts(
