@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_serve.errors import ConfigError, FeedbackError
+from qlora_serve.serve.api.feedback_log import FeedbackLog
 from qlora_serve.serve.feedback import intervals
 from qlora_serve.serve.feedback.experiment import make_experiment, named_splits, parse_variant
 from qlora_serve.serve.feedback.export import Wanted, export_rows
@@ -166,6 +167,14 @@ def test_only_the_keys_own_answers_and_only_one_best(tmp_path) -> None:
     assert found == {"b": (1, 1), "base": (0, 1), "a": (0, 1)}
     assert standings(store, "k2", bool) == []
     assert standings(store, None, lambda name: name != "a") == [], "who is hidden stays hidden"
+
+
+def test_what_was_handed_over_is_written_before_the_end(tmp_path) -> None:
+    log = FeedbackLog(tmp_path / "feedback.sqlite")
+    log.record([_answered(0)])
+    log.close()
+    log.close()
+    assert [row["id"] for row in FeedbackStore(tmp_path / "feedback.sqlite").rows(["id"])] == ["a0"]
 
 
 def test_memory_forgets_the_oldest(monkeypatch) -> None:

@@ -29,6 +29,7 @@ class FeedbackLog:
     def __init__(self, path: Path | None = None) -> None:
         self._store = FeedbackStore(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feedback")
+        self._is_closed = False
         self.is_kept = path is not None
         """Whether it outlives the server."""
         self.experiments: dict[str, Experiment] = {}
@@ -70,6 +71,8 @@ class FeedbackLog:
             raise FeedbackUnavailableError(f"the feedback's file cannot be used: {error}") from None
 
     def close(self) -> None:
-        """Writes down what is waiting, and closes the file."""
-        self._thread.submit(self._store.close)
-        self._thread.shutdown(wait=True)
+        """Writes down what is waiting, and closes the file; a second time nothing happens."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.submit(self._store.close)
+            self._thread.shutdown(wait=True)
