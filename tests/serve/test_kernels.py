@@ -24,7 +24,7 @@ from qlora_serve.serve.engine.attention import (
     attend,
     attention,
 )
-from qlora_serve.serve.engine.coded import to_panels
+from qlora_serve.serve.engine.coded import in_panels as as_panels
 from qlora_serve.serve.engine.dense import dense_weight
 from qlora_serve.serve.engine.kernels.native import AdapterRows, load_kernels
 from qlora_serve.serve.engine.linear import (
@@ -98,7 +98,7 @@ def test_linear_adds_each_adapters_update_to_its_own_rows(
     low = torch.empty(sum((last - first) * rank for first, last, rank in ranges))
     found = torch.empty(50, outside)
     kernel = kernels.linear_panels if in_panels else kernels.linear
-    held = to_panels(weight) if in_panels else weight
+    held = as_panels(weight) if in_panels else weight
     kernel(
         hidden.data_ptr(), 50, inside, held.data_ptr(), None, found.data_ptr(), outside,
         groups, len(ranges), low.data_ptr(),

@@ -66,8 +66,8 @@ def code_nf4(module: Any, arena: Arena | None = None) -> CodedWeights | None:
     scales = _nf4_scales(state).view(out_features, -1)
     return CodedWeights(
         bits=4,
-        codes=_in_words(_in_panels(codes), 4, arena),
-        scales=_in_panels(scales, arena),
+        codes=_in_words(in_panels(codes), 4, arena),
+        scales=in_panels(scales, arena),
         offsets=None,
         table=state.code.float().contiguous(),
         shift=_NF4_BLOCK.bit_length() - 1,
@@ -94,9 +94,9 @@ def code_gptq(module: Any, arena: Arena | None = None) -> CodedWeights | None:
     is_ordered = bool(order.equal(torch.arange(inside)))
     return CodedWeights(
         bits=bits,
-        codes=_in_words(_in_panels(codes), bits, arena),
-        scales=_in_panels(module.scales.t(), arena),
-        offsets=_in_panels((-module.scales * zeros).t(), arena),
+        codes=_in_words(in_panels(codes), bits, arena),
+        scales=in_panels(module.scales.t(), arena),
+        offsets=in_panels((-module.scales * zeros).t(), arena),
         table=torch.arange(16, dtype=torch.float32),
         shift=shift,
         order=None if is_ordered else order,
@@ -104,22 +104,12 @@ def code_gptq(module: Any, arena: Arena | None = None) -> CodedWeights | None:
     )
 
 
-def to_panels(weight: Tensor, arena: Arena | None = None) -> Tensor:
-    """[out_features, in_features] → [out_features / 32 rounded up, in_features, 32].
-
-    Args:
-        weight: a layer's.
-        arena: the memory for the result; None for torch's own.
-    """
-    return _in_panels(weight, arena)
-
-
 def from_panels(panels: Tensor, out_features: int) -> Tensor:
-    """The inverse of `to_panels`."""
+    """The inverse of `in_panels`."""
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:out_features]
 
 
-def _in_panels(values: Tensor, arena: Arena | None = None) -> Tensor:
+def in_panels(values: Tensor, arena: Arena | None = None) -> Tensor:
     """[out, n] → [panels, n, 32], filled up with zeros."""
     padded = F.pad(values, (0, 0, 0, -values.shape[0] % PANEL))
     panels = padded.view(-1, PANEL, values.shape[1]).transpose(1, 2)

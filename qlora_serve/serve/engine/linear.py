@@ -17,13 +17,14 @@ from qlora_serve.serve.engine.coded import (
     code_gptq,
     code_nf4,
     from_panels,
-    to_panels,
 )
 from qlora_serve.serve.engine.host_memory import Arena
 from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 
 _TRIAL_ROWS = 8
 _TRIALS = 20
+_LEAST_TRIALS = 3
+_TRIAL_SECONDS = 0.05  # a server that starts waits for it
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,12 @@ class PanelLinear(NativeLinear):
         super().__init__()
         self.bias = linear.bias
         self.out_features, self.in_features = linear.weight.shape
-        self._panels = to_panels(linear.weight.detach(), arena)
+        shape = (-(-self.out_features // PANEL), self.in_features, PANEL)
+        self._panels = torch.empty(shape) if arena is None else arena.empty(*shape)
+        weight = linear.weight.detach()  # contiguous: `_is_plain` looks
+        kernels.to_panels(
+            weight.data_ptr(), self.out_features, self.in_features, self._panels.data_ptr()
+        )
         self._kernel = kernels.linear_panels
         self._tensors = (self._panels, linear.bias)
 
@@ -253,7 +259,10 @@ def _is_faster(layer: NativeLinear) -> bool:
     ]
     least = [math.inf, math.inf]  # the least disturbed time of each
     with torch.inference_mode():
-        for _ in range(_TRIALS):  # in turns, so that a busy moment falls on both
+        begun = time.perf_counter()
+        for trial in range(_TRIALS):  # in turns, so that a busy moment falls on both
+            if trial >= _LEAST_TRIALS and time.perf_counter() - begun > _TRIAL_SECONDS:
+                break
             for number, product in enumerate(ways):
                 start = time.perf_counter()
                 product()

@@ -73,6 +73,9 @@ class Kernels:
         self.update.argtypes = [
             _POINTER, _INT, _POINTER, _INT, ctypes.POINTER(AdapterRows), _POINTER,
         ]  # fmt: skip
+        self.to_panels = library.to_panels_f32
+        self.to_panels.restype = None
+        self.to_panels.argtypes = [_POINTER, _INT, _INT, _POINTER]
         self.decode_panels = library.decode_panels
         self.decode_panels.restype = None
         self.decode_panels.argtypes = [
