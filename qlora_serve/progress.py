@@ -1,5 +1,7 @@
 """Progress for long work: a bar on a terminal, plain lines anywhere else."""
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -91,3 +93,15 @@ def progress(title: str, total: float | None = None, silent: bool = False) -> It
             bar.update(task, completed=total)
         else:
             bar.update(task, total=1, completed=1)
+
+
+def quieten_libraries() -> None:
+    """Keeps libraries from showing progress and hints of their own, here and in child processes."""
+    # Progress and errors are ours to show; a user who wants more sets these themselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # They only say that a faster path is not there, and tell transformers what to do otherwise.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,8 +2,6 @@
 
 import errno
 import importlib
-import logging
-import os
 import sys
 from typing import Any
 
@@ -12,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from qlora_serve import __version__
 from qlora_serve.errors import QloraServeError, UsageError
+from qlora_serve.progress import quieten_libraries
 
 # Each command's module is imported only when the command is used, so that `--help` stays quick.
 _COMMANDS = {
@@ -99,7 +98,7 @@ def root(
 
 def main() -> None:
     """Runs the command line; exits 0, 1 (the user's to mend), 2 (bad usage) or 130 (Ctrl-C)."""
-    _quieten_libraries()
+    quieten_libraries()
     try:
         app()
     except UsageError as error:
@@ -121,14 +120,3 @@ def main() -> None:
 def _fail(message: str, code: int = EXIT_USER_ERROR) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def _quieten_libraries() -> None:
-    # Progress and errors are ours to show; a user who wants more sets these themselves.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # They only say that a faster path is not there, and tell transformers what to do otherwise.
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,11 +15,12 @@ def main() -> int:
     folder = Path(os.environ[WORKER_FOLDER])
     (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
 
-    from qlora_serve.progress import console
+    from qlora_serve.progress import console, quieten_libraries
     from qlora_serve.train.config import TrainSettings
     from qlora_serve.train.parallel import PeerError
     from qlora_serve.train.run import train
 
+    quieten_libraries()
     settings = TrainSettings.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         train(settings, lambda line: console.print(line, soft_wrap=True, markup=False))

@@ -31,6 +31,23 @@ def test_tensorboard_holds_the_losses_of_the_run(tmp_path: Path) -> None:
     assert losses[-1].value == pytest.approx(result.metrics["last_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "mlflow", "trackio"])
+def test_a_tracker_that_is_installed_follows_a_run_offline(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)  # where some of them write
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    written = {"wandb": "wandb", "swanlab": "swanlog", "mlflow": "mlflow.db", "trackio": "trackio"}
+    train(_settings(tmp_path, track=[name], eval_split=2, eval_every=2), lambda _: None)
+    assert f"{name} does not track" not in capsys.readouterr().err
+    assert (tmp_path / written[name]).exists()
+
+
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     from importlib.util import find_spec
 
