@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_serve.serve.engine.coded import CodedWeights
+from qlora_serve.serve.engine.host_memory import Arena
 from qlora_serve.serve.engine.kernels.native import Kernels, load_kernels
 from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear, PanelLinear
 
@@ -27,8 +28,10 @@ def main() -> None:
     assert kernels is not None, "the native kernels could not be built"
     layers = [FastLinear(nn.Linear(i, o, bias=False), kernels) for o, i in SHAPES]
     # The output layer stays as it is: its weight is the input embedding's too.
-    panels = {id(layer): PanelLinear(layer, kernels) for layer in layers[:-1]}
-    coded = {id(layer): coded_like(layer, kernels) for layer in layers[:-1]}
+    arena = Arena()
+    layers[-1].weight.data = arena.copy(layers[-1].weight.data)
+    panels = {id(layer): PanelLinear(layer, kernels, arena) for layer in layers[:-1]}
+    coded = {id(layer): coded_like(layer, kernels, arena) for layer in layers[:-1]}
 
     def by(kind: Mapping[int, NativeLinear]) -> Callable[[FastLinear, Tensor], Tensor]:
         # Called directly, so that it is measured also where the engine would not use it.
@@ -56,14 +59,14 @@ def main() -> None:
             print(f"{rows:>4}  {medians}")
 
 
-def coded_like(layer: FastLinear, kernels: Kernels) -> CodedLinear:
+def coded_like(layer: FastLinear, kernels: Kernels, arena: Arena) -> CodedLinear:
     """A layer of the same shape with random codes of 4 bits in groups of 64, as of GPTQ."""
     outside, inside = layer.out_features, layer.in_features
     weights = CodedWeights(
         bits=4,
-        codes=torch.randint(2**31, (outside // 32, inside // 8, 32), dtype=torch.int32),
-        scales=torch.randn(outside // 32, inside // 64, 32),
-        offsets=torch.randn(outside // 32, inside // 64, 32),
+        codes=arena.copy(torch.randint(2**31, (outside // 32, inside // 8, 32), dtype=torch.int32)),
+        scales=arena.copy(torch.randn(outside // 32, inside // 64, 32)),
+        offsets=arena.copy(torch.randn(outside // 32, inside // 64, 32)),
         table=torch.arange(16, dtype=torch.float32),
         shift=6,
         order=None,

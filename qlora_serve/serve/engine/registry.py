@@ -367,13 +367,11 @@ class AdapterRegistry:
                 if e.content is not None and e.content.identity == content.identity
             ]
         failure: AdapterError | None = None
-        try:
-            for path in dict.fromkeys([content.path, *same]):
-                try:
-                    return read_verified(content, load_weights(read_adapter(path), self._fit))
-                except AdapterError as error:
-                    failure = failure or error
-        finally:
-            self._runner.release_threads()
+        self._runner.compute_alone()
+        for path in dict.fromkeys([content.path, *same]):
+            try:
+                return read_verified(content, load_weights(read_adapter(path), self._fit))
+            except AdapterError as error:
+                failure = failure or error
         assert failure is not None
         raise failure

@@ -126,6 +126,14 @@ class Runner:
         if self._context.kernels is not None:
             self._context.kernels.release_threads()
 
+    def compute_alone(self) -> None:
+        """Lets the calling thread compute without helpers from now on, beside the engine's.
+
+        A team of its own would slow each of the engine's barriers, see `release_threads`.
+        """
+        if self._context.kernels is not None:
+            self._context.kernels.compute_alone()
+
     def allocate(self, limits: Limits) -> Limits:
         """Makes room for keys and values; returns the limits with this model's windows."""
         limits = replace(limits, windows=self.windows, block_tokens=self.block_tokens)
@@ -167,10 +175,8 @@ class Runner:
                 resident = self.layers.make_resident(name, weights, self._dtype, device)
             stream.synchronize()
             return resident
-        try:
-            return self.layers.make_resident(name, weights, self._dtype, device)
-        finally:
-            self.release_threads()
+        self.compute_alone()
+        return self.layers.make_resident(name, weights, self._dtype, device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[tuple[Sequence, int | None]]:

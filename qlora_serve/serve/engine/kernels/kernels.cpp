@@ -463,6 +463,9 @@ extern "C" {
 // a small layer.
 void release_threads() { omp_pause_resource_all(omp_pause_soft); }
 
+// From now on the calling thread computes without helpers, torch's operators included.
+void compute_alone() { omp_set_num_threads(1); }
+
 // y = x wᵀ + bias, plus each adapter's update of its own rows.
 //   x [rows, in], w [out, in], bias [out] or null, y [rows, out]
 //   groups [count]; low: scratch for the sum over groups of (last - first) * rank floats

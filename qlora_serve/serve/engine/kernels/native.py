@@ -59,6 +59,9 @@ class Kernels:
         self.release_threads = library.release_threads
         self.release_threads.restype = None
         self.release_threads.argtypes = []
+        self.compute_alone = library.compute_alone
+        self.compute_alone.restype = None
+        self.compute_alone.argtypes = []
         self.linear_panels = library.linear_panels
         self.linear_panels.restype = None
         self.linear_panels.argtypes = self.linear.argtypes
