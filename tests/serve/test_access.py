@@ -207,12 +207,12 @@ def test_metrics_show_a_key_its_own_adapters_only(server) -> None:
     assert 'adapter="beta"' in server.http(everyone).get("/metrics").text
     go_on = threading.Event()
     run = server.service.engine.runner.run
-    server.service.engine.runner.run = lambda step: (go_on.wait(60), run(step))[1]
+    begun = threading.Event()
+    server.service.engine.runner.run = lambda step: (begun.set(), go_on.wait(60), run(step))[2]
     try:
         asking = threading.Thread(target=_ask, args=(server.openai(everyone), "beta"))
         asking.start()
-        while not server.service.traffic.live:
-            pass
+        assert begun.wait(60)
         assert "beta" not in server.http(key).get("/metrics").text
         assert 'running_lora_adapters="beta"' in server.http(everyone).get("/metrics").text
     finally:

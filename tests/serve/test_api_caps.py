@@ -152,15 +152,16 @@ def test_metrics_count_by_adapter_with_a_bounded_number_of_names(serve, paths) -
     assert sample("qlora_serve_time_to_first_token_seconds_count", adapter="tiny") == 2
     assert sample("qlora_serve_waiting") == 0
     assert sample("qlora_serve_kv_blocks") > 0
-    gate, run = threading.Event(), service.engine.runner.run
-    service.engine.runner.run = lambda step: run(step) if gate.wait(60) else []
+    gate, begun, run = threading.Event(), threading.Event(), service.engine.runner.run
+    service.engine.runner.run = lambda step: run(step) if not begun.set() and gate.wait(60) else []
     stream = {**_chat(model="one"), "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=stream) as running:
         lines = running.iter_lines()
-        next(lines)  # the role comes before the first step
+        assert begun.wait(60)
         page = http.get("/metrics").text
         found = [line for line in page.splitlines() if line.startswith("vllm:lora")]
         assert 'running_lora_adapters="one"' in found[0]
+        assert 'waiting_lora_adapters=""' in found[0]
         gate.set()
         assert "data: [DONE]" in list(lines)
     for number in range(150):
@@ -172,3 +173,21 @@ def test_metrics_count_by_adapter_with_a_bounded_number_of_names(serve, paths) -
     service.metrics._names.add("adapter-x")
     http.post("/v1/chat/completions", json=_chat(model="one"))
     assert sample("qlora_serve_requests_total", adapter="other") == 1
+
+
+def test_adapters_that_wait_for_a_place_are_told_from_those_that_run(serve, paths) -> None:
+    service, http = serve(adapter={"one": paths[1], "two": paths[1]}, max_sequences=1)
+    gate, begun, run = threading.Event(), threading.Event(), service.engine.runner.run
+    service.engine.runner.run = lambda step: run(step) if not begun.set() and gate.wait(60) else []
+    first, second = ({**_chat(model=name), "stream": True} for name in ("one", "two"))
+    with http.stream("POST", "/v1/chat/completions", json=first) as running:
+        assert begun.wait(60)
+        with http.stream("POST", "/v1/chat/completions", json=second) as waiting:
+            page = http.get("/metrics").text
+            gate.set()
+            assert "data: [DONE]" in list(running.iter_lines())
+            assert "data: [DONE]" in list(waiting.iter_lines())
+    (info,) = [line for line in page.splitlines() if line.startswith("vllm:lora_requests_info{")]
+    assert 'running_lora_adapters="one"' in info
+    assert 'waiting_lora_adapters="two"' in info
+    assert service.engine.placed() == {}

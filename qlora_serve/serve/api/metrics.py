@@ -19,7 +19,7 @@ _MOST_NAMES = 100
 """Adapters with labels of their own; all further ones are counted as `other`."""
 _OTHER = "other"
 _DEVICE_BYTES = "qlora_serve_adapter_device_bytes"
-_RUNNING = "running_lora_adapters"
+_RUNNING, _WAITING = "running_lora_adapters", "waiting_lora_adapters"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -31,9 +31,8 @@ class Metrics:
     ) -> None:
         self._base_name = base_name
         self._names: set[str] = set()
-        self._live: dict[str, int] = {}
         self.registry = CollectorRegistry(auto_describe=True)
-        self.registry.register(_EngineState(engine, self._live, base_name))
+        self.registry.register(_EngineState(engine, self._label))
         if adapters is not None:
             self.registry.register(_AdapterState(adapters, self._label))
 
@@ -79,8 +78,7 @@ class Metrics:
     def entered(self, requests: Iterable[GenerationRequest]) -> None:
         """Answers have been accepted."""
         for request in requests:
-            name = self.name(request)
-            self._live[name] = self._live.get(name, 0) + 1
+            self.name(request)  # known from now on, and not only when it ends
 
     def refused(self, requests: Sequence[GenerationRequest]) -> None:
         """Answers were refused because too many are waiting."""
@@ -103,18 +101,10 @@ class Metrics:
         self._prompt.labels(name).inc(usage.prompt_tokens)
         self._cached.labels(name).inc(usage.cached_tokens)
         self._completion.labels(name).inc(usage.completion_tokens)
-        self._drop(name)
 
     def left(self, request: GenerationRequest) -> None:
         """Nobody waits for an answer any longer."""
-        name = self.name(request)
-        self._requests.labels(name, "abort").inc()
-        self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._live[name] -= 1
-        if not self._live[name]:
-            del self._live[name]
+        self._requests.labels(self.name(request), "abort").inc()
 
 
 class _Visible(Collector):
@@ -139,10 +129,8 @@ class _Visible(Collector):
             yield shown
 
     def _labels(self, labels: dict[str, str]) -> dict[str, str]:
-        running = labels.get(_RUNNING)
-        if not running:
-            return labels
-        return {**labels, _RUNNING: ",".join(filter(self._may_see, running.split(",")))}
+        lists = {name: labels[name].split(",") for name in (_RUNNING, _WAITING) if labels.get(name)}
+        return labels | {name: ",".join(filter(self._may_see, one)) for name, one in lists.items()}
 
     def _may_see(self, label: str) -> bool:
         if label == self._base_name:
@@ -188,10 +176,9 @@ class _AdapterState(Collector):
 class _EngineState(Collector):
     """What is read from the engine when somebody asks."""
 
-    def __init__(self, engine: Engine, live: dict[str, int], base_name: str) -> None:
+    def __init__(self, engine: Engine, label: Callable[[str], str]) -> None:
         self._engine = engine
-        self._live = live
-        self._base_name = base_name
+        self._label = label
 
     def collect(self) -> Iterator[Metric]:
         """The gauges of this moment."""
@@ -215,9 +202,15 @@ class _EngineState(Collector):
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with answers on their way.",
-            labels=[_RUNNING, "waiting_lora_adapters", "max_lora"],
+            labels=[_RUNNING, _WAITING, "max_lora"],
         )
-        names = ",".join(sorted(self._live.keys() - {self._base_name}))
+        placed = self._engine.placed()
+        running, waiting = (
+            ",".join(
+                sorted({self._label(name) for name, has in placed.items() if name and has is it})
+            )
+            for it in (True, False)
+        )
         most = str(self._engine.limits.max_sequences)
-        info.add_metric([names, "", most], time.time())
+        info.add_metric([running, waiting, most], time.time())
         yield info

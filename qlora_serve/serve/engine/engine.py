@@ -105,6 +105,18 @@ class Engine:
         """Lets the engine look again whether something can run: an adapter has been loaded."""
         self._inbox.put(_Wake())
 
+    def placed(self) -> dict[str | None, bool]:
+        """Whose requests are on their way: an adapter's name, None for the base → has one a place?
+
+        May be called from any thread; the answer is of some moment while it is made.
+        """
+        found: dict[str | None, bool] = {}
+        for sequence in list(self._live.values()):
+            adapter = sequence.request.adapter
+            name = None if adapter is None else str(adapter.name)
+            found[name] = found.get(name, False) or sequence.blocks is not None
+        return found
+
     def step(self) -> bool:
         """Schedule, run, record; returns whether there was anything to do."""
         step = self.scheduler.schedule()
