@@ -17,7 +17,7 @@ from qlora_serve.adapters.vocabulary import (
     find_embeddings,
     is_whole_embedding,
 )
-from qlora_serve.base.gptq import before_peft
+from qlora_serve.base.gptq import no_gptq_layers
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import AdapterError
@@ -166,9 +166,8 @@ def _ask_peft(source: BaseSource, adapter: AdapterFiles, vocabulary: int | None)
     config = parse_config(adapter.config)
     config.inference_mode = True
     skeleton = build_skeleton(source, vocabulary)
-    before_peft()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_gptq_layers():
             warnings.simplefilter("ignore")  # about tied embeddings: `merge` deals with them
             model: Any = get_peft_model(skeleton, config)
             state = get_peft_model_state_dict(model)

@@ -52,13 +52,19 @@ def test_it_holds_the_json_and_nothing_else(folder, command) -> None:
 
 
 def test_peft_leaves_the_process_as_it_was(folder) -> None:
-    """It imports gptqmodel, which greets, moves the hub's cache and takes over the root logger."""
+    """It imports gptqmodel, which greets, moves the hub's cache and takes over the root logger.
+
+    Not for adapters of a base without GPTQ layers: that alone is 245 MB.
+    """
     code = (
         "import logging, os, sys, torch\n"
         "from pathlib import Path\n"
         "from qlora_serve.adapters.check import check_adapter\n"
+        "from qlora_serve.base.gptq import before_peft\n"
         "before = {n: v for n, v in os.environ.items() if n.startswith(('HF_', 'TRANSFORMERS'))}\n"
         "check_adapter(Path('a'), None)\n"
+        "assert 'gptqmodel' not in sys.modules\n"
+        "before_peft()\n"
         "after = {n: v for n, v in os.environ.items() if n.startswith(('HF_', 'TRANSFORMERS'))}\n"
         "assert before == after, (before, after)\n"
         "assert 'gptqmodel' in sys.modules\n"
