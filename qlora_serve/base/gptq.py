@@ -136,8 +136,8 @@ def before_peft() -> None:
 def no_gptq_layers() -> Iterator[None]:
     """Keeps PEFT from importing gptqmodel while it wraps a model that has none of its layers.
 
-    It imports it for each such question, and with it datasets, pandas and pyarrow: 245 MB and two
-    seconds of a server that has no GPTQ base.
+    It imports it for each such question, and with it datasets, pandas and pyarrow: memory that a
+    server without a GPTQ base does not need (docs/performance.md).
     """
     name = "is_gptqmodel_available"
     asking = [one for key, one in list(sys.modules.items()) if key.startswith("peft.")]

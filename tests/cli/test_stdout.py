@@ -54,7 +54,7 @@ def test_it_holds_the_json_and_nothing_else(folder, command) -> None:
 def test_peft_leaves_the_process_as_it_was(folder) -> None:
     """It imports gptqmodel, which greets, moves the hub's cache and takes over the root logger.
 
-    Not for adapters of a base without GPTQ layers: that alone is 245 MB.
+    Not for adapters of a base without GPTQ layers.
     """
     code = (
         "import logging, os, sys, torch\n"
