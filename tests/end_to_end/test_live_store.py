@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "The quick brown fox"
 LONG = 1200
-ASKERS = 3
+ASKERS = 4
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +90,24 @@ class Asked:
 
 @contextmanager
 def always_asked(url: str, name: str) -> Iterator[Callable[[], list[Asked]]]:
-    """Long answers one after the other; gives what ends them and tells all."""
+    """Long answers one after the other; gives what ends them and tells all.
+
+    Each asker's first answer has another length, so that they do not all begin and end at once: at
+    any moment some are well on their way.
+    """
     end = Event()
 
-    def work() -> list[Asked]:
+    def work(first: int) -> list[Asked]:
+        ask(url, name, first)
         asked = []
         while not end.is_set():
             begun = time.monotonic()
-            asked.append(Asked(begun, time.monotonic(), ask(url, name, LONG)))
-            asked[-1].ended = time.monotonic()
+            text = ask(url, name, LONG)
+            asked.append(Asked(begun, time.monotonic(), text))
         return asked
 
     with ThreadPoolExecutor(ASKERS) as pool:
-        workers = [pool.submit(work) for _ in range(ASKERS)]
+        workers = [pool.submit(work, 1 + LONG * asker // ASKERS) for asker in range(ASKERS)]
 
         def told() -> list[Asked]:
             end.set()
