@@ -47,6 +47,9 @@ def serve(settings: ServeSettings) -> None:
 
         qlora-serve serve models/qwen --adapters-dir adapters --quantization nf4 --port 9000
     """
+    from qlora_serve.serve.ahead import pages_ahead
+
+    ahead = pages_ahead(settings)  # while the import takes its seconds
     from qlora_serve.serve.run import serve as run
 
-    run(settings)
+    run(settings, ahead)

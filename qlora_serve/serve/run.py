@@ -21,7 +21,8 @@ from qlora_serve.serve.api.limits import ApiLimits
 from qlora_serve.serve.api.service import BASE_ALIAS, Service
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.serve.engine.engine import Engine
-from qlora_serve.serve.engine.host_memory import give_back
+from qlora_serve.serve.engine.host_memory import Arena, give_back
+from qlora_serve.serve.engine.large_pages import PagesAhead
 from qlora_serve.serve.engine.registry import AdapterRegistry
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import Limits
@@ -38,8 +39,12 @@ _ADAPTER_SHARE = 0.125
 _STEP_TOKENS = (192, 2048)
 
 
-def serve(settings: ServeSettings) -> None:
+def serve(settings: ServeSettings, ahead: PagesAhead | None = None) -> None:
     """Serves until it is told to stop.
+
+    Args:
+        settings: how.
+        ahead: memory for the base's weights, which takes it if there is any.
 
     Raises:
         ConfigError: the address is taken, or two adapters share a name.
@@ -54,14 +59,14 @@ def serve(settings: ServeSettings) -> None:
     # Before the slow part, so that a taken port is known at once.
     listener = _listen(settings.host, settings.port)
     with listener:
-        service = build_service(settings)
+        service = build_service(settings, ahead)
         app = create_app(service)
         _announce(service, listener)
         run_until_told(app, service, listener, settings.drain_timeout)
 
 
-def build_service(settings: ServeSettings) -> Service:
-    """Loads base and adapters; the engine is not started yet.
+def build_service(settings: ServeSettings, ahead: PagesAhead | None = None) -> Service:
+    """Loads base and adapters; the engine is not started yet. `ahead` is memory for the base.
 
     An adapter that cannot be used is recorded with the reason, and the others are served.
     """
@@ -87,7 +92,8 @@ def build_service(settings: ServeSettings) -> Service:
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
         )
-    runner = Runner(base, settings.cuda_paths)
+    arena = Arena() if ahead is None else Arena(first=ahead.take())
+    runner = Runner(base, settings.cuda_paths, arena=arena)
     limits = _limits(settings, runner)
     memory, host_memory = (
         parse_bytes(size) if size != "auto" else int(free * _ADAPTER_SHARE)

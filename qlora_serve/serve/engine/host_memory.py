@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HUGE_PAGE = 2 << 20
+from qlora_serve.serve.engine.large_pages import LARGE_PAGE, map_large_pages
+
 _ALIGNMENT = 128  # two cache lines, which processors fetch together
 _CHUNK = 64 << 20
 
@@ -22,11 +23,15 @@ class Arena:
     where each one lies, and its own prefetching stops at the end of each; in pages of 2 MB neither
     matters (docs/performance.md). A tensor keeps its chunk of memory; a chunk is given back when
     the last of its tensors is gone. What is never written to takes no room.
+
+    Args:
+        chunk: bytes that are taken from the system at a time.
+        first: memory to begin with, from `map_large_pages`.
     """
 
-    def __init__(self, chunk: int = _CHUNK) -> None:
+    def __init__(self, chunk: int = _CHUNK, first: mmap.mmap | None = None) -> None:
         self._chunk = chunk
-        self._rest: Tensor | None = None
+        self._rest: Tensor | None = None if first is None else _aligned(first)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor with undefined (at first zero) content."""
@@ -44,13 +49,12 @@ class Arena:
 
 def huge_pages(size: int) -> Tensor:
     """`size` bytes, uint8 [size], from the start of a large page, where the system has them."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE_PAGE:
-        with suppress(OSError, AttributeError):  # a kernel, or a system, without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    return _aligned(map_large_pages(size))[:size]
+
+
+def _aligned(memory: mmap.mmap) -> Tensor:
     everything = torch.frombuffer(memory, dtype=torch.uint8)
-    skipped = -everything.data_ptr() % _HUGE_PAGE
-    return everything[skipped : skipped + size]
+    return everything[-everything.data_ptr() % LARGE_PAGE :]
 
 
 def own_memory(model: Any, arena: Arena) -> None:

@@ -9,6 +9,7 @@ tensors in another shape and add two of them is not recorded, and everything run
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,14 +64,23 @@ class _Recorded:
     """Of the layer that ran last."""
     is_inside: bool = False
     """Whether the layers are running, not what is before or after them."""
+    _by_address: list[tuple[int, int]] = field(default_factory=list)
+
+    def sort(self) -> None:
+        """To be called when everything was recorded, before `place`."""
+        first: dict[int, int] = {}
+        for number, held in enumerate(self.storages):
+            first.setdefault(held.untyped_storage().data_ptr(), number)
+        self._by_address = sorted(first.items())
 
     def place(self, address: int) -> tuple[int, int] | None:
         """The storage that an address is in, and how far behind its beginning."""
-        for number, held in enumerate(self.storages):
-            storage = held.untyped_storage()
-            if 0 <= address - storage.data_ptr() < storage.nbytes():
-                return number, address - storage.data_ptr()
-        return None
+        before = bisect_right(self._by_address, (address, len(self.storages)))
+        if before == 0:
+            return None
+        begin, number = self._by_address[before - 1]
+        is_inside = address - begin < self.storages[number].untyped_storage().nbytes()
+        return (number, address - begin) if is_inside else None
 
 
 class _Watch(TorchDispatchMode):
@@ -253,6 +263,8 @@ class LayerReplay:
 
     def _compile(self, runs: list[_Recorded], rows: tuple[int, int]) -> None:
         one, two = runs
+        one.sort()
+        two.sort()
         shapes = [[call[:2] + call[3:] for call in run.calls] for run in runs]
         if str(shapes[0]) != str(shapes[1]) or len(one.storages) != len(two.storages):
             raise NotRecordableError("two runs made different calls")

@@ -46,6 +46,7 @@ class Runner:
         cuda_paths: whether flash-attn and CUDA graphs are used: where they can be, always, never.
         flash: takes the place of flash-attn's functions, wherever the model is.
         capture: makes graphs of decoding steps, where flash-attn attends; None for none.
+        arena: the memory for weights that are laid out anew.
 
     Raises:
         ConfigError: `cuda_paths` is on, and flash-attn cannot be used.
@@ -57,13 +58,14 @@ class Runner:
         cuda_paths: CudaPaths = "auto",
         flash: FlashFunctions | None = None,
         capture: Capture | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.base = base
         self._context = StepContext()
         names = linear_names(build_skeleton(base.source))
         if base.dtype == "float32" and base.device.type == "cpu":
             self._context.kernels = load_kernels()
-        arena = Arena()
+        arena = arena or Arena()
         if self._context.kernels is not None:
             use_fast_linears(base.model, self._context.kernels, arena)
         own_memory(base.model, arena)
