@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_serve.adapters.templates import OwnTemplate, TemplateProcess
 from qlora_serve.base.source import BaseSource
+from qlora_serve.base.templates import ChatTemplate, TemplateProcess
 from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
 from qlora_serve.errors import AdapterError, BaseModelError
 
@@ -21,7 +21,7 @@ class AdapterTokens:
     tokenizer: Any
     stop_token_ids: frozenset[int]
     """See `base.tokenizer.stop_token_ids`."""
-    template: OwnTemplate | None = None
+    template: ChatTemplate | None = None
     """Where its chat template is another than the base's."""
 
 
@@ -61,7 +61,7 @@ def own_tokens(
                 "start the server with --adapter-templates if you trust it, or remove its "
                 "tokenizer's files to use the base's"
             )
-        template = OwnTemplate(own, templates)
+        template = ChatTemplate(own, templates)
     try:
         stops = stop_token_ids(own, render=template.render if template is not None else None)
         return AdapterTokens(own, base_stops | stops, template)

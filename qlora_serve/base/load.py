@@ -1,17 +1,18 @@
 """Loading a base model: the only place that calls `from_pretrained` for weights."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from qlora_serve.base import gptq
 from qlora_serve.base.identity import fingerprint, weight_files
 from qlora_serve.base.memory import give_back
 from qlora_serve.base.source import BaseSource, loading_reason, locate_base
-from qlora_serve.base.tokenizer import load_tokenizer, stop_token_ids
+from qlora_serve.base.templates import ChatTemplate, TemplateProcess
+from qlora_serve.base.tokenizer import load_tokenizer, render_chat, stop_token_ids
 from qlora_serve.errors import BaseModelError
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -30,6 +31,8 @@ class LoadedBase:
     """How the weights in memory are quantized: `none`, `nf4`, `int8` or `gptq`."""
     dtype: str
     """What is computed in, such as `float32`."""
+    templates: TemplateProcess | None = None
+    """Renders its chat template within limits; None for in this process, without."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -39,7 +42,15 @@ class LoadedBase:
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
         """See `tokenizer.stop_token_ids`."""
-        return stop_token_ids(self.tokenizer, self.model.generation_config, self.model.config)
+        configs = self.model.generation_config, self.model.config
+        return stop_token_ids(self.tokenizer, *configs, render=self.renderer(self.tokenizer))
+
+    def renderer(self, tokenizer: Any) -> Callable[..., str]:
+        """What writes chats with a tokenizer's template: `tokenizer.render_chat`, within limits
+        where `templates` is given."""
+        if self.templates is None:
+            return partial(render_chat, tokenizer)
+        return ChatTemplate(tokenizer, self.templates).render
 
     @property
     def device(self) -> Any:
@@ -55,6 +66,7 @@ def load_base(
     double_quantization: bool = True,
     trainable: bool = False,
     trust_remote_code: bool = False,
+    templates: TemplateProcess | None = None,
 ) -> LoadedBase:
     """Loads a base model with its tokenizer.
 
@@ -69,6 +81,7 @@ def load_base(
         trainable: whether gradients are to flow through it, which not every GPTQ kernel for GPUs
             allows.
         trust_remote_code: run Python code that comes with it, where its architecture needs that.
+        templates: see `LoadedBase.templates`.
 
     Raises:
         BaseModelError: the base does not exist, is broken, or contradicts `quantization`.
@@ -97,7 +110,8 @@ def load_base(
         give_back()
     model.eval()
     _keep_nf4_as_stored(model)
-    return LoadedBase(source, model, tokenizer, in_memory, str(torch_dtype).removeprefix("torch."))
+    name_of_dtype = str(torch_dtype).removeprefix("torch.")
+    return LoadedBase(source, model, tokenizer, in_memory, name_of_dtype, templates)
 
 
 def resolve(device: str, dtype: DType) -> tuple[Any, str]:

@@ -12,6 +12,7 @@ from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.folder import check_name, scan_adapters
 from qlora_serve.base.load import LoadedBase, load_base
 from qlora_serve.base.source import locate_base
+from qlora_serve.base.templates import TemplateProcess
 from qlora_serve.errors import AdapterError, ConfigError
 from qlora_serve.progress import console, progress
 from qlora_serve.serve.api.access import KeyRing
@@ -84,6 +85,8 @@ def build_service(settings: ServeSettings, ahead: PagesAhead | None = None) -> S
     if settings.strict:
         for path in _adapter_paths(settings).values():
             fit.check(read_adapter(path))
+    templates = TemplateProcess()
+    templates.start()  # beside the loading
     with progress(f"loading {settings.base}"):
         base = load_base(
             settings.base,
@@ -91,6 +94,7 @@ def build_service(settings: ServeSettings, ahead: PagesAhead | None = None) -> S
             settings.dtype,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
+            templates=templates,
         )
     arena = Arena() if ahead is None else Arena(first=ahead.take())
     runner = Runner(base, settings.cuda_paths, arena=arena)
@@ -107,6 +111,7 @@ def build_service(settings: ServeSettings, ahead: PagesAhead | None = None) -> S
     if folder is not None:
         folder.also_reserved = lambda: tuple(feedback.experiments)
     engine = Engine(runner, limits, registry.residency)
+    templates.close()  # which has said how answers end, and takes memory until chats come
     give_back()
     registry.residency.wake = engine.wake
     roots = tuple(root.resolve() for root in settings.adapter_root)

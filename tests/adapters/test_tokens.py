@@ -6,8 +6,8 @@ import pytest
 from tiny_models import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from qlora_serve.adapters.templates import TemplateProcess
 from qlora_serve.adapters.tokens import own_tokens
+from qlora_serve.base.templates import TemplateProcess
 from qlora_serve.errors import AdapterError
 
 KNOWN = 512

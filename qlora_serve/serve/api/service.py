@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.base.load import LoadedBase
-from qlora_serve.base.tokenizer import encode_text, render_chat
+from qlora_serve.base.tokenizer import encode_text
 from qlora_serve.errors import BaseModelError, RequestError, UnknownAdapterError
 from qlora_serve.serve.api.access import KeyRing
 from qlora_serve.serve.api.caller import current_caller
@@ -60,6 +60,9 @@ class Service:
     # meant to be used from several threads at once.
     _tokenizing: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+    )
+    _own_templates: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="own-templates")
     )
 
     @property
@@ -226,16 +229,11 @@ class Service:
         Raises:
             RequestError: the chat template refuses the messages, or takes too long or too much.
         """
-
         tokenizer = (tokens or self.base).tokenizer
 
-        def tokenize() -> tuple[int, ...]:
+        def text_by(render: Callable[..., str]) -> str:
             try:
-                if tokens is not None and tokens.template is not None:
-                    text = tokens.template.render(messages, add_generation_prompt, tools)
-                else:
-                    text = render_chat(tokenizer, messages, add_generation_prompt, tools)
-                return tuple(encode_text(tokenizer, text))
+                return render(messages, add_generation_prompt, tools)
             except BaseModelError as error:
                 raise RequestError(str(error), param="messages") from None
             except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -244,7 +242,14 @@ class Service:
                     f"the chat template cannot render these messages: {error}", param="messages"
                 ) from None
 
-        return await self.off_the_loop(tokenize)
+        template = tokens and tokens.template
+        if template is None:
+            render = self.base.renderer(tokenizer)
+            return await self.off_the_loop(lambda: tuple(encode_text(tokenizer, text_by(render))))
+        # In a thread of its own: it must not hold up everybody else.
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(self._own_templates, text_by, template.render)
+        return await self.off_the_loop(lambda: tuple(encode_text(tokenizer, text)))
 
     async def tokenize_text(
         self, text: str, add_special_tokens: bool = True, tokens: AdapterTokens | None = None
@@ -373,6 +378,9 @@ class Service:
         self.feedback.close()
         self.guides.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._own_templates.shutdown(wait=False, cancel_futures=True)
+        if self.base.templates is not None:
+            self.base.templates.close()
 
 
 async def _until_all_end(mailbox: Mailbox, count: int, passage: Passage) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 from qlora_serve.adapters.files import WEIGHTS_FILE, read_adapter
 from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.shortage import needs_memory
-from qlora_serve.adapters.templates import TemplateProcess
 from qlora_serve.adapters.tokens import own_tokens
 from qlora_serve.adapters.weights import AdapterWeights, check_settings_and_fit, load_weights
+from qlora_serve.base.templates import TemplateProcess
 from qlora_serve.errors import (
     AdapterError,
     AdapterUnavailableError,
@@ -84,7 +84,7 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         # Two changes at once could leave a name with the content of one and the pin of the other.
         self._changing = threading.Lock()
-        self._templates = TemplateProcess() if templates else None
+        self._templates = TemplateProcess("the adapter's chat template") if templates else None
         self.host = HostCache(host_memory)
         self.residency = Residency(memory, self._load_slot)
 

@@ -1,8 +1,9 @@
-"""Chat templates that adapters bring along, rendered where they can do no harm.
+"""Chat templates rendered where they can do no harm.
 
-A template is a program, and one from an adapter may have been written by anybody. Jinja's sandbox
-keeps it from files and from Python's insides, but not from running for ever or from asking for all
-memory in one operation. So it runs in a process of its own with limits on both.
+A template is a program, which a model or an adapter brings along, and its input is anybody's.
+Jinja's sandbox keeps it from files and from Python's insides, but not from running for ever or from
+asking for all memory in one operation, which holds every thread of a process. So a server renders
+in a process of its own with limits on both.
 """
 
 import json
@@ -22,6 +23,9 @@ from qlora_serve.errors import BaseModelError
 _WORKER = Path(__file__).with_name("template_worker.py")
 _START_SECONDS = 120.0
 _SECONDS = 2.0
+# The worker counts its own processor time, so that a busy machine refuses nobody. This many times
+# as long is waited for one that is no longer able to.
+_PATIENCE = 10
 _MEMORY = 256 << 20
 LONGEST = 16 << 20
 """Characters that a template may write."""
@@ -34,16 +38,23 @@ class TemplateProcess:
     """
 
     def __init__(
-        self, seconds: float = _SECONDS, memory: int = _MEMORY, longest: int = LONGEST
+        self,
+        whose: str = "the chat template",
+        seconds: float = _SECONDS,
+        memory: int = _MEMORY,
+        longest: int = LONGEST,
     ) -> None:
         """
         Args:
-            seconds: that one rendering may take.
+            whose: what errors call it.
+            seconds: of a processor that one rendering may take.
             memory: bytes that renderings may take.
             longest: characters of a text.
         """
+        self._whose = whose
         self._seconds, self._memory, self._longest = seconds, memory, longest
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
         self._lock = threading.Lock()
 
     def render(self, **wanted: Any) -> str:
@@ -62,41 +73,52 @@ class TemplateProcess:
             if answer is None:
                 self._end()
                 raise BaseModelError(
-                    f"the adapter's chat template did not end within {self._seconds:g} s and "
+                    f"{self._whose} did not end within {self._seconds:g} s and "
                     f"{self._memory >> 20} MiB, for these messages"
                 )
         if "error" in answer:
-            raise BaseModelError(
-                f"the adapter's chat template refuses these messages: {answer['error']}"
-            )
+            raise BaseModelError(f"{self._whose} refuses these messages: {answer['error']}")
         return str(answer["text"])
 
+    def start(self) -> None:
+        """Starts the process without waiting for it."""
+        with self._lock:
+            self._started()
+
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process; another rendering starts it again."""
         with self._lock:
             self._end()
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._end()
         kept = {n: os.environ[n] for n in ("PATH", "LD_LIBRARY_PATH", "TZ") if n in os.environ}
-        limits = [str(self._memory), str(max(1, round(self._seconds))), str(self._longest)]
+        limits = [str(self._memory), str(self._seconds), str(self._longest)]
+        self._ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(_WORKER), *limits],
             env=kept | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is the server's, which finishes what it has begun
         )
-        if self._read_line(self._process, time.monotonic() + _START_SECONDS) != b"ready":
-            self._end()
-            raise BaseModelError("the process that renders adapters' chat templates did not start")
         return self._process
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        process = self._started()
+        if not self._ready:
+            if self._read_line(process, time.monotonic() + _START_SECONDS) != b"ready":
+                self._end()
+                raise BaseModelError("the process that renders chat templates did not start")
+            self._ready = True
+        return process
 
     def _ask(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any] | None:
         """The answer; None when none came in time."""
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + _PATIENCE * self._seconds
         assert process.stdin is not None
         try:
             process.stdin.write(line)  # it reads all of a line before it works on it
@@ -129,8 +151,8 @@ class TemplateProcess:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnTemplate:
-    """An adapter's own chat template."""
+class ChatTemplate:
+    """A tokenizer's chat template, within limits."""
 
     tokenizer: Any
     """Which holds it."""
@@ -142,7 +164,7 @@ class OwnTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The text of a chat, as `base.tokenizer.render_chat` makes it of a base's template.
+        """The text of a chat, the same as `tokenizer.render_chat` makes.
 
         Raises:
             BaseModelError: see `TemplateProcess.render`.

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 from tool_bases import TEMPLATES
 
-from qlora_serve.adapters.templates import OwnTemplate, TemplateProcess
+from qlora_serve.base.templates import ChatTemplate, TemplateProcess
 from qlora_serve.errors import BaseModelError
 
 CHAT = [
@@ -35,7 +35,7 @@ def test_the_text_is_transformers_own(process, family, tools) -> None:
         expected = tokenizer.apply_chat_template(
             chat, tools=tools, tokenize=False, add_generation_prompt=prompt
         )
-        assert OwnTemplate(tokenizer, process).render(chat, prompt, tools) == expected
+        assert ChatTemplate(tokenizer, process).render(chat, prompt, tools) == expected
 
 
 @pytest.mark.parametrize(
