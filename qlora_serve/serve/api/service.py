@@ -242,7 +242,7 @@ class Service:
                     f"the chat template cannot render these messages: {error}", param="messages"
                 ) from None
 
-        template = tokens and tokens.template
+        template = None if tokens is None else tokens.template
         if template is None:
             render = self.base.renderer(tokenizer)
             return await self.off_the_loop(lambda: tuple(encode_text(tokenizer, text_by(render))))
@@ -257,11 +257,9 @@ class Service:
         """Token ids of a plain text, with the special tokens that the tokenizer adds."""
         tokenizer = (tokens or self.base).tokenizer
 
-        def tokenize() -> tuple[int, ...]:
-            encoded = tokenizer(text, add_special_tokens=add_special_tokens)
-            return tuple(encoded["input_ids"])
-
-        return await self.off_the_loop(tokenize)
+        return await self.off_the_loop(
+            lambda: tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        )
 
     async def detokenize(
         self, tokens: Sequence[int], adapter: AdapterSelection | None = None
