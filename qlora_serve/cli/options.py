@@ -96,7 +96,8 @@ def _flag_type(annotation: Any) -> Any:
     inner = [item for item in get_args(annotation) if item is not type(None)]
     if get_origin(annotation) is Literal or annotation in (str, int, float, bool, Path):
         return annotation | None
-    if get_origin(annotation) in (tuple, list, dict):
+    # A text or several: such a flag can be given again, too, and none of its values is lost.
+    if any(get_origin(item) in (tuple, list, dict) for item in (annotation, *inner)):
         return list[str] | None
     if len(inner) == 1:
         return _flag_type(inner[0])

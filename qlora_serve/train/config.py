@@ -157,10 +157,14 @@ class TrainSettings(DataSettings):
     @field_validator("target_modules")
     @classmethod
     def _split_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, tuple) and len(value) == 1:
+            (value,) = value  # a flag that was given once
         if isinstance(value, tuple):
             if not value:
                 raise ValueError("name at least one module")
-            return value
+            if not all(_NAMES.fullmatch(item) for item in value):
+                raise ValueError(f"where there are several, all must be names, not {ALL_LINEAR}")
+            return tuple(name.strip() for item in value for name in item.split(","))
         if value == ALL_LINEAR:
             return value
         if _NAMES.fullmatch(value):

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from qlora_serve.cli.options import flags_from
 from qlora_serve.errors import ConfigError, UsageError
 from qlora_serve.serve.config import ServeSettings
 from qlora_serve.settings import load_settings, parse_bytes
+from qlora_serve.train.config import TrainSettings
 
 
 def _yaml(tmp_path: Path, text: str) -> Path:
@@ -41,6 +45,33 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, text, said) -> None:
     assert said in str(caught.value)
     assert "serve.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "modules"),
+    [
+        (("q_proj,v_proj",), ("q_proj", "v_proj")),
+        (("q_proj", "v_proj"), ("q_proj", "v_proj")),
+        (("q_proj, k_proj", "v_proj"), ("q_proj", "k_proj", "v_proj")),
+        (("all-linear",), "all-linear"),
+        ((r".*\.3\..*_proj",), r".*\.3\..*_proj"),
+        ((), "all-linear"),
+    ],
+)
+def test_no_name_of_a_module_is_lost(flags: tuple[str, ...], modules: object) -> None:
+    taken: list[TrainSettings] = []
+    app = typer.Typer()
+    app.command()(flags_from(TrainSettings)(taken.append))
+    given = [part for flag in flags for part in ("--target-modules", flag)]
+    done = CliRunner().invoke(app, ["--base", "b", "--data", "d", "--output", "o", *given])
+    assert done.exit_code == 0, done.output
+    assert taken[0].target_modules == modules
+
+
+def test_a_pattern_among_names_is_refused() -> None:
+    given = {"base": "b", "data": ["d"], "output": "o", "target_modules": ["q_proj", "all-linear"]}
+    with pytest.raises(ConfigError, match="all must be names, not all-linear"):
+        load_settings(TrainSettings, None, given)
 
 
 def test_what_is_missing_is_named() -> None:

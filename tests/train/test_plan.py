@@ -58,8 +58,8 @@ def test_qwen25_7b_from_its_config_alone(tmp_path: Path) -> None:
     assert training.adapter + training.gradients + training.optimizer == 16 * 20_185_088
     # Keys and values of 28 layers, 4 heads of 128, in bfloat16.
     assert found.serving.kv_bytes_per_token == 2 * 28 * 4 * 128 * 2
-    assert [stage.stage for stage in found.stages] == ["ddp", "zero1", "zero2", "zero3"]
-    totals = [stage.memory.total for stage in found.stages]
+    assert [stage.stage for stage in found.stages] == ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+    totals = [stage.memory.total for stage in found.stages[:4]]
     assert totals == sorted(totals, reverse=True)
 
     cards = {card.card_gib: card for card in card_fits(planner, found)}
@@ -71,6 +71,56 @@ def test_qwen25_7b_from_its_config_alone(tmp_path: Path) -> None:
     for card in cards.values():
         if card.advised_total is not None:
             assert card.advised_total <= usable(card.card_gib)
+
+
+def test_fsdp_divides_what_torch_divides(tmp_path: Path) -> None:
+    """Two layers of Qwen2.5-7B by hand, over 4 processes, and what is gathered for a moment."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B | {"num_hidden_layers": 2}))
+    recipe = {"rank": 8, "target_modules": SEVEN, "micro_batch": 1, "max_length": 384}
+    found = plan(_planner(tmp_path, processes=4, **recipe))
+    assert [stage.stage for stage in found.stages][-1] == "fsdp"
+    fsdp = found.stages[-1].memory
+    attention = 3584 * 3584 + 3584 + 2 * (512 * 3584 + 512) + 3584 * 3584
+    layer = attention + 3 * 3584 * 18944 + 2 * 3584
+    vocabulary, norm, adapter = 152064 * 3584, 3584, 2 * 20_185_088 // 28
+    weights = 2 * layer + 2 * vocabulary + norm
+    assert 0 <= fsdp.weights - 2 * weights // 4 < 10_000  # rotary buffers are not divided
+    assert fsdp.adapter == fsdp.gradients == 4 * adapter // 4
+    assert fsdp.optimizer == 2 * 4 * adapter // 4
+    # A layer and the next one in bfloat16, their float32 gradients, final norm and output head.
+    two_layers = 2 * (2 * layer + (2 + 4) * adapter // 2)
+    assert fsdp.communication == two_layers + 2 * (vocabulary + norm)
+    # No process has the output head to itself: all logits exist at once, and so in ZeRO-3.
+    zero2, zero3 = (found.stages[n].memory for n in (2, 3))
+    assert fsdp.activations == zero3.activations > zero2.activations == found.training.activations
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "phi"])
+def test_fsdp_holds_what_torch_makes_it_hold(kind: str, tmp_path: Path) -> None:
+    """The oracle is torch's own `fully_shard`, in a group whose other processes do not exist."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from qlora_serve.base.load import load_base
+
+    base = write_tiny_model(tmp_path / "base", kind)
+    planner = _planner(base, device="cpu", rank=3, max_length=32, processes=4)
+    held = plan(planner).stages[-1].memory
+    loaded = load_base(str(base), device="cpu")
+    chosen = TrainSettings(base=str(base), data=("d.jsonl",), output="o", rank=3)
+    model = add_lora(loaded, chosen, str(base))
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        local = [(p.requires_grad, p._local_tensor.numel()) for p in model.parameters()]
+    finally:
+        dist.destroy_process_group()
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    assert held.adapter == 4 * sum(count for trained, count in local if trained)
+    assert held.weights == buffers + 4 * sum(count for trained, count in local if not trained)
 
 
 def test_full_fine_tuning_holds_its_weights_once(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from qlora_serve.train.plan.estimate import Frozen, Plan, Planner, Variant
+from qlora_serve.train.plan.estimate import Planner, Variant
+from qlora_serve.train.plan.memory import Frozen, Plan
 from qlora_serve.train.plan.weights import Scheme
 
 CARDS_GIB = (8, 16, 24, 40, 80)

@@ -5,13 +5,19 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import ConfigError
 from qlora_serve.train.plan.config import PlanSettings
+from qlora_serve.train.plan.memory import (
+    GRADIENT_BYTES,
+    Parameters,
+    Plan,
+    ServingMemory,
+    TrainingMemory,
+)
+from qlora_serve.train.plan.stages import stages
 from qlora_serve.train.plan.weights import (
     BYTES,
     Scheme,
@@ -22,105 +28,14 @@ from qlora_serve.train.plan.weights import (
 )
 from qlora_serve.train.prepare import longest_rows
 
-_GRADIENT_BYTES = 4
 # On a CPU, measured with glibc (benchmarks/plan_memory.py): blocks below 32 MiB come from one heap,
 # which gets gaps of about this share of what a step takes, and hardly less than so much; the
 # program's own things (tokenizer, trainer, checks) take so much.
 _GAPS = 0.2
 _LEAST_GAPS = 150 * 2**20
 _PROGRAM_BYTES = 100 * 2**20
-_ZERO_BUCKET = 500_000_000  # elements; DeepSpeed's default reduce_bucket_size
 # As `serve` computes them in one step, on a CPU and on a GPU.
 _STEP_TOKENS = {"cpu": 256, "cuda": 2048}
-
-
-class Frozen(BaseModel):
-    """A part of a plan; all memory is in bytes."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class TrainingMemory(Frozen):
-    """The peak of training in one process, and what it is made of."""
-
-    weights: int
-    """The frozen base (or the model that is trained whole)."""
-    adapter: int
-    """What is trained, in float32."""
-    gradients: int
-    optimizer: int
-    activations: int
-    """What the backward pass needs, logits and passing tensors, at the fullest moment."""
-    communication: int = 0
-    """Buckets and gathered layers of several processes."""
-    heap: int = 0
-    """On a CPU: gaps in the heap, and what the program itself takes."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self.model_dump().values())
-
-
-class StageMemory(Frozen):
-    """Training on several processes."""
-
-    stage: str
-    """`single`, `ddp`, `zero1`, `zero2` or `zero3`."""
-    processes: int
-    memory: TrainingMemory
-    """Of one process."""
-    note: str = ""
-
-
-class ServingMemory(Frozen):
-    """The peak of serving."""
-
-    weights: int
-    adapters: int
-    kv_cache: int
-    """Of all requests at their full length."""
-    step: int
-    """Passing tensors of one step."""
-    kv_bytes_per_token: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.adapters + self.kv_cache + self.step
-
-
-class Parameters(Frozen):
-    """How many numbers there are."""
-
-    total: int
-    """Base and adapter together."""
-    trainable: int
-    by_component: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """Trainable of all, in per cent."""
-        return 100 * self.trainable / self.total
-
-
-class Plan(Frozen):
-    """What `plan` found."""
-
-    base: str
-    model_type: str
-    quantization: str
-    dtype: str
-    device: str
-    micro_batch: int
-    max_length: int
-    gradient_checkpointing: bool
-    parameters: Parameters
-    training: TrainingMemory
-    stages: list[StageMemory]
-    serving: ServingMemory
-    context: int
-    max_sequences: int
 
 
 @dataclass(frozen=True)
@@ -159,11 +74,16 @@ class Planner:
         chosen = settings.model_copy(update={"init": "default"})
         self.model: Any = build_model(base, chosen, settings.base, list)
         self.parameters = _count(self.model)
-        self._traced: dict[Variant, int] = {}
+        self._traced: dict[tuple[Variant, bool], int] = {}
 
     def _stored(self, trains: bool) -> str:
         """What unquantized weights are held in: float32 where they are trained themselves."""
         return "float32" if trains and self.is_full else self.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of each unquantized weight of the base while it trains."""
+        return BYTES[self._stored(trains=True)]
 
     @property
     def given(self) -> Variant:
@@ -172,11 +92,17 @@ class Planner:
         length = longest_rows(chosen.max_length, self.source)
         return Variant(chosen.micro_batch, length, chosen.gradient_checkpointing, self.how)
 
-    def training(self, variant: Variant) -> TrainingMemory:
-        """The peak of training in a single process."""
+    def training(self, variant: Variant, whole_logits: bool = False) -> TrainingMemory:
+        """The peak of training in a single process.
+
+        Args:
+            variant: of the recipe.
+            whole_logits: whether all logits that count exist at once, as where the output head is
+                split over processes, and only the model's own forward pass can use it.
+        """
         trained = self.parameters.trainable
-        peak = self._peak(variant)
-        gradients = trained * _GRADIENT_BYTES
+        peak = self._peak(variant, whole_logits)
+        gradients = trained * GRADIENT_BYTES
         return TrainingMemory(
             weights=self._weights[variant.how, True],
             # Trained whole, the weights are what is trained.
@@ -201,10 +127,10 @@ class Planner:
             if parameter.requires_grad
         )
 
-    def _peak(self, variant: Variant) -> int:
+    def _peak(self, variant: Variant, whole_logits: bool) -> int:
         from qlora_serve.train.plan.trace import Step, piece_rows, plain_model, training_peak
 
-        if variant not in self._traced:
+        if (variant, whole_logits) not in self._traced:
             model = plain_model(self.model)
             _set_checkpointing(model, variant.checkpointing)
             on_cpu = self.device == "cpu"
@@ -220,41 +146,10 @@ class Planner:
                 autocast=(self.is_full or not on_cpu) and self.dtype != "float32",
                 keeps_gradients=self.settings.accumulation > 1 or pieces > 1,
                 is_flat=on_cpu,
+                whole_logits=whole_logits,
             )
-            self._traced[variant] = training_peak(self.model, step, variant.how)
-        return self._traced[variant]
-
-    def stages(self, memory: TrainingMemory) -> list[StageMemory]:
-        """The same training under DDP and each ZeRO stage (arXiv:1910.02054)."""
-        count = self.settings.processes * self.settings.nodes
-        if count == 1:
-            return [StageMemory(stage="single", processes=1, memory=memory)]
-        bucket = min(memory.gradients, _ZERO_BUCKET * _GRADIENT_BYTES)
-        ddp = {"communication": memory.gradients}
-        zero1 = {"communication": bucket, "optimizer": memory.optimizer // count}
-        zero2 = zero1 | {"gradients": memory.gradients // count}
-        zero3 = zero2 | {
-            "weights": memory.weights // count,
-            "adapter": memory.adapter // count,
-            "communication": bucket + self._gathered(memory.weights),
-        }
-        refused = "refused: a quantized base cannot be split" if self.how.kind != "none" else ""
-        return [
-            StageMemory(
-                stage=name, processes=count, memory=memory.model_copy(update=changes), note=note
-            )
-            for name, changes, note in (
-                ("ddp", ddp, ""), ("zero1", zero1, ""), ("zero2", zero2, ""),
-                ("zero3", zero3, refused),
-            )
-        ]  # fmt: skip
-
-    def _gathered(self, weights: int) -> int:
-        """What ZeRO-3 holds whole at a time: a layer, the next one, and the embedding."""
-        config = self.source.config
-        layers = int(config.get("num_hidden_layers", 1))
-        embeddings = self.parameters.by_component.get("embeddings", 0) * BYTES[self.dtype]
-        return 2 * weights // max(1, layers) + embeddings
+            self._traced[variant, whole_logits] = training_peak(self.model, step, variant.how)
+        return self._traced[variant, whole_logits]
 
     def serving(self) -> ServingMemory:
         """The peak of serving base and adapters."""
@@ -305,7 +200,7 @@ def plan(planner: Planner) -> Plan:
         gradient_checkpointing=given.checkpointing,
         parameters=planner.parameters,
         training=memory,
-        stages=planner.stages(memory),
+        stages=stages(planner, memory),
         serving=planner.serving(),
         context=planner.context,
         max_sequences=planner.settings.max_sequences,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_serve.train.plan.advice import GIB, CardFit
-from qlora_serve.train.plan.estimate import Plan
+from qlora_serve.train.plan.memory import Plan
 
 _BAR = 46
 _COLOURS = {
@@ -104,13 +104,17 @@ def _stages(plan: Plan) -> Any:
     parts = [name for name in plan.training.model_dump() if name != "heap" or plan.training.heap]
     for column in ("stage", *parts, "total"):
         justify: Any = "left" if column == "stage" else "right"
-        table.add_column(column, justify=justify, no_wrap=True)
-    table.add_column("")
+        # Eighty columns are enough for the table only with a shorter word.
+        header = column.replace("communication", "exchange")
+        table.add_column(header, justify=justify, no_wrap=True)
+    notes = [f"{stage.stage} {stage.note}" for stage in plan.stages if stage.note]
+    table.caption = "\n".join(notes)
+    table.caption_justify = "left"
     for stage in plan.stages:
         counts = stage.memory.model_dump()
         cells = [f"{counts[part] / GIB:.2f}" for part in parts]
         total = f"[bold]{stage.memory.total / GIB:.2f}[/]"
-        table.add_row(stage.stage, *cells, total, stage.note)
+        table.add_row(stage.stage, *cells, total, style="dim" if stage.note else None)
     return table
 
 

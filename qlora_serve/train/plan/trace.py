@@ -41,6 +41,8 @@ class Step:
     """Whether gradients of an earlier micro-batch are there already."""
     is_flat: bool = False
     """Whether rows lie in one line, each attending to itself, as training does on a CPU."""
+    whole_logits: bool = False
+    """Whether the model computes all logits itself, as where its head is split over processes."""
 
 
 class Ledger(TorchDispatchMode):
@@ -114,7 +116,7 @@ def _forward_and_backward(
     head = plain_model(model).get_output_embeddings()
     targets = torch.zeros(step.logits, dtype=torch.long)
     with torch.autocast("cpu", getattr(torch, step.dtype), enabled=step.autocast):
-        if type(head) is torch.nn.Linear:
+        if type(head) is torch.nn.Linear and not step.whole_logits:
             config = plain_model(model).config.get_text_config()
             form = HeadForm(cap=getattr(config, "final_logit_softcapping", None))
             hidden = _hidden(model, inputs, positions)
