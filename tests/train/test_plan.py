@@ -43,9 +43,7 @@ def _planner(base: Path, **settings: Any) -> Planner:
 
 def test_qwen25_7b_from_its_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B))
-    planner = _planner(
-        tmp_path, rank=8, target_modules=SEVEN, micro_batch=4, max_length=384, processes=2
-    )
+    planner = _planner(tmp_path, rank=8, target_modules=SEVEN, micro_batch=4, max_length=384)
     found = plan(planner)
     assert found.parameters.trainable == 20_185_088
     assert found.parameters.total == 7_635_801_600  # the adapter included
@@ -58,10 +56,6 @@ def test_qwen25_7b_from_its_config_alone(tmp_path: Path) -> None:
     assert training.adapter + training.gradients + training.optimizer == 16 * 20_185_088
     # Keys and values of 28 layers, 4 heads of 128, in bfloat16.
     assert found.serving.kv_bytes_per_token == 2 * 28 * 4 * 128 * 2
-    assert [stage.stage for stage in found.stages] == ["ddp", "zero1", "zero2", "zero3", "fsdp"]
-    totals = [stage.memory.total for stage in found.stages[:4]]
-    assert totals == sorted(totals, reverse=True)
-
     cards = {card.card_gib: card for card in card_fits(planner, found)}
     assert list(cards) == list(CARDS_GIB)
     assert cards[80].fits
@@ -78,7 +72,9 @@ def test_fsdp_divides_what_torch_divides(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B | {"num_hidden_layers": 2}))
     recipe = {"rank": 8, "target_modules": SEVEN, "micro_batch": 1, "max_length": 384}
     found = plan(_planner(tmp_path, processes=4, **recipe))
-    assert [stage.stage for stage in found.stages][-1] == "fsdp"
+    assert [stage.stage for stage in found.stages] == ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+    totals = [stage.memory.total for stage in found.stages[:3]]
+    assert totals == sorted(totals, reverse=True)
     fsdp = found.stages[-1].memory
     attention = 3584 * 3584 + 3584 + 2 * (512 * 3584 + 512) + 3584 * 3584
     layer = attention + 3 * 3584 * 18944 + 2 * 3584
