@@ -51,6 +51,11 @@ def test_tensors_that_do_not_fit_are_named(adapter, fit, edit_tensors, change, w
     assert "\n" not in str(caught.value)
 
 
+def test_numbers_whose_sum_is_too_large_are_finite_all_the_same(adapter, fit, edit_tensors):
+    edit_tensors(adapter, lambda t: t | {A: torch.full_like(t[A], 3e38)})
+    assert load_weights(read_adapter(adapter), fit).modules
+
+
 @pytest.mark.parametrize("kind", ["phi", "phi3"])
 def test_adapter_for_another_base(tmp_path, fit, kind):
     other = write_tiny_model(tmp_path / "other", kind)

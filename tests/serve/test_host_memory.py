@@ -7,9 +7,18 @@ import torch
 from tiny_models import write_tiny_model
 from torch import nn
 
+from qlora_serve.adapters.weights import LoraPair
 from qlora_serve.base.load import load_base
 from qlora_serve.serve.engine.host_memory import Arena, huge_pages, own_memory
-from qlora_serve.serve.engine.pairs import ResidentPair, for_kernels, from_blocks, packed
+from qlora_serve.serve.engine.kernels.native import load_kernels
+from qlora_serve.serve.engine.pairs import (
+    ResidentPair,
+    for_kernels,
+    from_blocks,
+    is_stored_plainly,
+    laid_out,
+    packed,
+)
 from qlora_serve.serve.engine.runner import Runner
 
 
@@ -68,3 +77,36 @@ def test_packed_updates_are_the_same_updates() -> None:
         assert new.a.stride() == old.a.stride()
         out = old.blocks.shape[0] * 16
         assert torch.equal(from_blocks(new.blocks, out), from_blocks(old.blocks, out))
+
+
+def test_updates_that_are_laid_out_by_one_call_are_the_same_updates() -> None:
+    kernels = load_kernels()
+    if kernels is None:
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    shapes = {7: (4, 40, 48), 2: (16, 61, 97), 0: (1, 16, 1), 9: (33, 5, 130)}
+    plain = {
+        index: LoraPair(torch.randn(rank, width), torch.randn(out, rank), scaling=rank / 7)
+        for index, (rank, width, out) in shapes.items()
+    }
+    assert all(map(is_stored_plainly, plain.values()))
+    found = laid_out(plain, kernels)
+    assert found.keys() == plain.keys()
+    for index, pair in plain.items():
+        expected = for_kernels(ResidentPair(pair.a, (pair.b * pair.scaling).t().contiguous()))
+        assert torch.equal(found[index].a, expected.a)
+        assert found[index].a.stride() == expected.a.stride()
+        assert torch.equal(found[index].blocks, expected.blocks)
+        assert found[index].size_bytes == expected.size_bytes
+        assert found[index].a.data_ptr() % 128 == found[index].blocks.data_ptr() % 128 == 0
+
+
+def test_what_one_call_cannot_lay_out_is_told() -> None:
+    a, b = torch.randn(2, 8), torch.randn(4, 2)
+    others = [
+        LoraPair(a.half(), b, 1.0),
+        LoraPair(a, b.t().contiguous().t(), 1.0),
+        LoraPair(a, b, 1.0, magnitude=torch.randn(4)),
+        LoraPair(a, b, 1.0, b_bias=torch.randn(4)),
+    ]
+    assert not any(map(is_stored_plainly, others))

@@ -367,6 +367,29 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_loading_begins_when_a_request_comes_not_when_a_step_ends(
+    runner, paths, copies, monkeypatch
+) -> None:
+    registry = AdapterRegistry(runner)
+    registry.register("a0", copies["a0"])
+    begun = threading.Event()
+    resident = runner.resident
+
+    def noted(*given: Any) -> Any:
+        begun.set()
+        return resident(*given)
+
+    monkeypatch.setattr(runner, "resident", noted)
+    engine = Engine(runner, Limits(8, 4000, 64, 400), registry.residency)
+    try:  # the engine's thread is not started: no step will ever ask for the adapter
+        sampling = Sampling(max_tokens=1, temperature=0.0)
+        asked = GenerationRequest("r", PROMPT, sampling, registry.resolve("a0"))
+        engine.submit(asked, lambda event: None)
+        assert begun.wait(60)
+    finally:
+        registry.close()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_the_size_is_known_before_loading_and_never_too_small(family, tmp_path) -> None:

@@ -41,6 +41,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.limits = runner.allocate(limits)
+        self._adapters = adapters
         self.scheduler = Scheduler(self.limits, adapters)
         self._stop_ids = runner.base.stop_token_ids
         self._inbox: queue.SimpleQueue[Sequence | str | _Wake | None] = queue.SimpleQueue()
@@ -96,6 +97,11 @@ class Engine:
                 raise RequestError(f"request id {request.request_id!r} is in use")
             self._live[request.request_id] = sequence
             self._inbox.put(sequence)
+        adapters, adapter = self._adapters, request.adapter
+        # A step may be running, and loading need not wait for its end. Where others wait for a
+        # place already, the scheduler asks in turn.
+        if adapters is not None and adapter is not None and self.scheduler.waiting == 0:
+            adapters.prefetch([adapter])
 
     def abort(self, request_id: str) -> None:
         """Ends a request early, with `Finished("abort")`; nothing happens if it has ended."""

@@ -20,7 +20,13 @@ from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
 from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
 from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
-from qlora_serve.serve.engine.pairs import ResidentPair, for_kernels, packed
+from qlora_serve.serve.engine.pairs import (
+    ResidentPair,
+    for_kernels,
+    is_stored_plainly,
+    laid_out,
+    packed,
+)
 from qlora_serve.serve.engine.replaced import (
     AdapterModule,
     EmbeddingUpdate,
@@ -161,25 +167,45 @@ class AdapterLayers:
         for module, copied in weights.base_copies.items():
             require_same(name, module, copied, self._base(module))
         pairs: list[ResidentPair | None] = [None] * len(self._index)
+        plain = self._stored_plainly(weights, dtype, device)
         changed = weights.modules.keys() | weights.biases.keys()
-        for module in changed & self._index.keys():
+        for module in changed & self._index.keys() - plain.keys():
             pair, bias = weights.modules.get(module), weights.biases.get(module)
             base = self._base(module)
-            resident = _resident_pair(base, module, pair, bias, dtype, device)
-            if self._context.kernels is not None and resident.b_t is not None:
-                resident = for_kernels(resident)
-            pairs[self._index[module]] = resident
+            update = _resident_pair(base, module, pair, bias, dtype, device)
+            if self._context.kernels is not None and update.b_t is not None:
+                update = for_kernels(update)
+            pairs[self._index[module]] = update
         if device.type == "cpu":
             pairs = packed(pairs)
+        if plain and self._context.kernels is not None:
+            in_order = sorted(plain, key=self._index.__getitem__)
+            by_index = {self._index[module]: plain[module] for module in in_order}
+            for index, update in laid_out(by_index, self._context.kernels).items():
+                pairs[index] = update
         own = self._own_functions(name, weights, dtype)
         # Nothing can fail from here on, so that a refused adapter leaves the model as it was.
         for module in own:
             wrap(self._model, module, self._context, module == self._output_name)
         size = sum(pair.size_bytes for pair in pairs if pair is not None)
         size += _own_bytes(own.values(), self._model)
-        return ResidentAdapter(
+        resident = ResidentAdapter(
             name, weights.identity, tuple(pairs), size, own, vocabulary=weights.vocabulary
         )
+        _ = resident.native_table  # made here, and not by the thread that decodes
+        return resident
+
+    def _stored_plainly(
+        self, weights: AdapterWeights, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, LoraPair]:
+        """The updates of linear layers that can be laid out by one call."""
+        if self._context.kernels is None or dtype != torch.float32 or device.type != "cpu":
+            return {}
+        return {
+            module: pair
+            for module, pair in weights.modules.items()
+            if module in self._index and module not in weights.biases and is_stored_plainly(pair)
+        }
 
     def _own_functions(
         self, name: str, weights: AdapterWeights, dtype: torch.dtype
@@ -298,6 +324,8 @@ def _own_bytes(functions: Iterable[RowFunction], base: Any) -> int:
             parts = (function.a_t, function.b_t, function.gain, function.unit, function.blocks)
             tensors = [part for part in parts if part is not None]
         held |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    if not held:
+        return 0
     shared = {parameter.data_ptr() for parameter in base.parameters()}
     return sum(size for pointer, size in held.items() if pointer not in shared)
 

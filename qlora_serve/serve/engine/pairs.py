@@ -1,15 +1,25 @@
 """One linear layer's update by an adapter, as it lies in memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_serve.serve.engine.host_memory import Arena
+from qlora_serve.adapters.weights import LoraPair
+from qlora_serve.serve.engine.host_memory import Arena, huge_pages
 from qlora_serve.serve.engine.kernels.native import Kernels
 from qlora_serve.serve.engine.updates import add_update
 
 _BLOCK = 16  # kernels.cpp's vector
+_LINE = 32  # numbers in two cache lines, where matrices begin
+_UPDATE = np.dtype(  # layout.cpp's
+    [(name, np.int64) for name in ("in", "out", "rank", "a", "b", "a_to", "b_to")]
+    + [("scaling", np.float32)],
+    align=True,
+)
 _SPARE_BYTES = 512  # for the alignment of a pair's two matrices, and what may be read beyond one
 
 
@@ -102,6 +112,51 @@ def packed(pairs: list[ResidentPair | None]) -> list[ResidentPair | None]:
             room = arena.empty(pair.a.numel() + _BLOCK, dtype=pair.a.dtype)
             found[number] = replace(pair, a=_by_input(pair.a, room), blocks=arena.copy(pair.blocks))
     return found
+
+
+def is_stored_plainly(pair: LoraPair) -> bool:
+    """Whether a stored update is two float32 matrices on the CPU and nothing else."""
+    return (
+        pair.magnitude is None
+        and pair.b_bias is None
+        and all(
+            part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous()
+            for part in (pair.a, pair.b)
+        )
+    )
+
+
+def laid_out(plain: Mapping[int, LoraPair], kernels: Kernels) -> dict[int, ResidentPair]:
+    """What `packed` gives for updates that are `is_stored_plainly`, by one call.
+
+    The few hundred of torch's would each wait for Python's lock beside the thread that decodes.
+    """
+    updates = np.zeros(len(plain), _UPDATE)
+    updates["in"] = [pair.a.shape[1] for pair in plain.values()]
+    updates["out"] = [pair.b.shape[0] for pair in plain.values()]
+    updates["rank"] = [pair.a.shape[0] for pair in plain.values()]
+    updates["a"] = [pair.a.data_ptr() for pair in plain.values()]
+    updates["b"] = [pair.b.data_ptr() for pair in plain.values()]
+    updates["scaling"] = [pair.scaling for pair in plain.values()]
+    # The numbers of each matrix, and what it takes: up to 15 beyond `a` may be read.
+    a_numbers = updates["in"] * updates["rank"]
+    b_numbers = -(-updates["out"] // _BLOCK) * _BLOCK * updates["rank"]
+    rooms = np.stack([a_numbers + _BLOCK, b_numbers], 1)
+    rooms = -(-rooms // _LINE) * _LINE
+    begins = (np.cumsum(rooms) - rooms.ravel()).reshape(-1, 2)
+    memory = huge_pages(4 * int(rooms.sum())).view(torch.float32)
+    updates["a_to"], updates["b_to"] = memory.data_ptr() + 4 * begins.T
+    kernels.lay_out_updates(updates.ctypes.data, len(updates))
+    a_ends, b_ends = begins[:, 0] + a_numbers, begins[:, 1] + b_numbers
+    places = zip(plain, updates["rank"], begins, a_ends, b_ends, strict=True)
+    return {
+        index: ResidentPair(
+            memory[a_begin:a_end].view(-1, rank).t(),
+            None,
+            blocks=memory[b_begin:b_end].view(-1, rank, _BLOCK),
+        )
+        for index, rank, (a_begin, b_begin), a_end, b_end in places
+    }
 
 
 def to_blocks(b_t: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class AdapterSelection:
 
 
 class AdapterSlots(Protocol):
-    """What the scheduler knows of adapters. All are called on the engine's thread."""
+    """What the scheduler knows of adapters. Called on the engine's thread, but for `prefetch`."""
 
     def acquire(self, selection: Any) -> bool:
         """Takes a selection's adapters for one sequence; None, the base, is always there.
@@ -127,7 +127,8 @@ class AdapterSlots(Protocol):
     def prefetch(self, selections: Sequence[Any]) -> None:
         """Begins to load what those who have no place yet will need, the next in turn first.
 
-        It takes nothing: an adapter may have to go again before its request gets a place.
+        It takes nothing: an adapter may have to go again before its request gets a place. May be
+        called from any thread.
         """
 
     def release(self, selection: Any) -> None:
@@ -221,6 +222,8 @@ class SlotTable:
             missing = [slot for slot in selection.slots if slot.state == "absent"]
             if self._turns or not self._make_room(sum(slot.size for slot in missing), promised):
                 return
+            for slot in selection.slots:
+                slot.used = self._tick()  # what is there should not make room before it is used
             for slot in missing:
                 slot.state = "loading"
             self._starting += missing

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp", "replay.cpp")
+    for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp", "layout.cpp", "replay.cpp")
 ]
 _HEADERS = [Path(__file__).with_name("vectors.h")]
 # Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
@@ -79,6 +79,9 @@ class Kernels:
         self.to_panels = library.to_panels_f32
         self.to_panels.restype = None
         self.to_panels.argtypes = [_POINTER, _INT, _INT, _POINTER]
+        self.lay_out_updates = library.lay_out_updates
+        self.lay_out_updates.restype = None
+        self.lay_out_updates.argtypes = [_POINTER, _INT]
         self.decode_panels = library.decode_panels
         self.decode_panels.restype = None
         self.decode_panels.argtypes = [
