@@ -13,61 +13,17 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
-
-ROOT = Path(__file__).resolve().parent.parent
-PRIVATE = "kept-private"
-"""Part of every prompt."""
-_ADAPTERS = 4
-_TIMEOUT = 120.0
-
-
-class SoakError(Exception):
-    """Something that must not happen did."""
-
-
-@dataclass
-class Server:
-    """A running server."""
-
-    url: str
-    process: psutil.Process
-    key: str
-    log: Path
-    folder: Path
-    """With `adapters` and `elsewhere`."""
-
-    def client(self) -> httpx.AsyncClient:
-        """A client with the key."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        return httpx.AsyncClient(
-            base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, limits=limits,
-            timeout=_TIMEOUT, trust_env=False,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the server's process holds."""
-
-    megabytes: float
-    handles: int
-    threads: int
+from slow_clients import slow_clients, sse_overhead
+from tiny_server import ADAPTERS, PRIVATE, Server, SoakError, Usage, gauges, tiny_server, usage
 
 
 @dataclass
@@ -81,55 +37,6 @@ class Report:
     warm: Usage | None = None
     """After the first tenth."""
     end: Usage | None = None
-
-
-@contextmanager
-def tiny_server(folder: Path) -> Iterator[Server]:
-    """Serves a tiny random base with adapters, with a key, logging JSON to a file."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_models import write_random_adapter, write_tiny_model
-
-    from qlora_serve.serve.keys import add_key
-
-    base = write_tiny_model(folder / "tiny")
-    for number in range(_ADAPTERS):
-        # The last ones come and go.
-        where = "adapters" if number < _ADAPTERS // 2 else "elsewhere"
-        write_random_adapter(folder / where / f"a{number}", base, seed=number, r=2 + number)
-    key, _ = add_key(folder / "keys.json", name="soak", scopes=("infer", "admin"))
-    log = folder / "server.log"
-    command = [
-        sys.executable, "-m", "qlora_serve.cli", "serve", base, "--port", "0",
-        "--adapters-dir", folder / "adapters", "--adapter-root", folder / "elsewhere",
-        "--keys", folder / "keys.json", "--log-format", "json", "--kv-memory", "8MB",
-        "--adapter-memory", "120KB", "--adapters-poll", "0.5", "--max-sequences", "16",
-        "--dtype", "float32",
-    ]  # fmt: skip
-    # A tiny model gains nothing from a second thread, and the clients need a core as well.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            list(map(str, command)), stderr=stderr, cwd=ROOT, env=environment
-        )
-    try:
-        url = _wait_until_listening(process, log)
-        yield Server(url, psutil.Process(process.pid), key, log, folder)
-    finally:
-        process.terminate()
-        code = process.wait(timeout=60)
-    if code != 0:
-        raise SoakError(f"the server ended with exit code {code}: {log.read_text()[-2000:]}")
-
-
-def _wait_until_listening(process: subprocess.Popen[bytes], log: Path) -> str:
-    mark = "listening on "
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        text = log.read_text()
-        if mark in text and "/v1" in text.split(mark)[1]:
-            return text.split(mark)[1].split("/v1")[0]
-        time.sleep(0.1)
-    raise SoakError(f"the server did not start: {log.read_text()[-2000:]}")
 
 
 def soak(server: Server, requests: int, seed: int = 0, workers: int = 24) -> Report:
@@ -166,8 +73,8 @@ class _Soak:
             async with self.server.client() as http:
                 await asyncio.gather(*(self._worker(http) for _ in range(workers)))
             await self._until_idle()
-            usage = _usage(self.server.process)
-            self.report.warm, self.report.end = self.report.warm or usage, usage
+            held = usage(self.server.process)
+            self.report.warm, self.report.end = self.report.warm or held, held
         self.report.requests = requests
         self.report.seconds = time.perf_counter() - began
         self._check_the_end()
@@ -332,9 +239,9 @@ class _Soak:
         deadline = time.monotonic() + 60
         async with self.server.client() as http:
             while True:
-                gauges = _gauges((await http.get("/metrics")).text)
+                seen = gauges((await http.get("/metrics")).text)
                 cards = (await http.get("/v1/adapters")).json()["data"]
-                left = {name: gauges[f"qlora_serve_{name}"] for name in _MUST_BE_ZERO}
+                left = {name: seen[f"qlora_serve_{name}"] for name in _MUST_BE_ZERO}
                 left |= {card["id"]: card["requests_in_flight"] for card in cards}
                 # This client's own connection is one handle.
                 if not any(left.values()):
@@ -364,7 +271,7 @@ _MUST_BE_ZERO = ("running", "waiting", "kv_blocks_used")
 def _bodies() -> list[dict[str, Any]]:
     """Distinct requests, each with one right answer."""
     bodies = []
-    for number, model in enumerate(["base", *(f"a{n}" for n in range(_ADAPTERS))]):
+    for number, model in enumerate(["base", *(f"a{n}" for n in range(ADAPTERS))]):
         for length in (1, 9, 40):
             prompt = f"{PRIVATE} {number} " + "order 4711 arrived broken " * length
             common = {"model": model, "prompt": prompt[: 5 * length + 20], "max_tokens": 6 + length}
@@ -380,77 +287,6 @@ def _texts(answer: dict[str, Any]) -> list[tuple[str, str]]:
 def _equal(number: int, alone: Any, answer: Any) -> None:
     if alone != answer:
         raise SoakError(f"body {number} was answered {answer}, and alone {alone}")
-
-
-def _gauges(page: str) -> dict[str, float]:
-    lines = (line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, value in lines}
-
-
-def _usage(process: psutil.Process) -> Usage:
-    # Sockets on which the other end has hung up are closed within a moment.
-    time.sleep(0.5)
-    megabytes = process.memory_info().rss / 1e6
-    return Usage(round(megabytes, 1), process.num_fds(), process.num_threads())
-
-
-async def slow_clients(server: Server, count: int = 100, rounds: int = 40) -> tuple[float, float]:
-    """Median seconds of a fast client's answer: alone, and beside slow readers.
-
-    The slow ones ask for long streams and take one piece every tenth of a second.
-    """
-    body = {"prompt": PRIVATE, "max_tokens": 32, "ignore_eos": True, "stream": True}
-
-    async def fast(http: httpx.AsyncClient) -> float:
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            async with http.stream("POST", "/v1/completions", json=body) as answer:
-                async for _ in answer.aiter_raw():
-                    pass
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
-
-    async def slow(http: httpx.AsyncClient) -> None:
-        async with http.stream(
-            "POST", "/v1/completions", json={**body, "max_tokens": 400}
-        ) as answer:
-            async for _ in answer.aiter_raw(64):
-                await asyncio.sleep(0.1)
-
-    async with server.client() as http, server.client() as others:
-        await fast(http)
-        alone = await fast(http)
-        tasks = [asyncio.create_task(slow(others)) for _ in range(count)]
-        # Their answers are generated by then, and wait to be read.
-        while True:
-            await asyncio.sleep(0.5)
-            gauges = _gauges((await http.get("/metrics")).text)
-            if not gauges["qlora_serve_running"] + gauges["qlora_serve_waiting"]:
-                break
-        beside = await fast(http)
-        still = sum(not task.done() for task in tasks)
-        if still < count:
-            raise SoakError(f"only {still} of {count} slow clients were still reading")
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return alone, beside
-
-
-def sse_overhead(server: Server, tokens: int = 400, rounds: int = 15) -> tuple[float, float]:
-    """Seconds a token takes in a whole answer, and what streaming adds to it."""
-    body = {"prompt": PRIVATE, "max_tokens": tokens, "ignore_eos": True}
-    headers = {"authorization": f"Bearer {server.key}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as http:
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(rounds):  # in turns: the machine's mood is the same for both
-            for stream, taken in times.items():
-                began = time.perf_counter()
-                http.post("/v1/completions", json={**body, "stream": stream}).raise_for_status()
-                taken.append(time.perf_counter() - began)
-    whole, streamed = (statistics.median(times[stream]) / tokens for stream in (False, True))
-    return whole, streamed - whole
 
 
 def main() -> None:
