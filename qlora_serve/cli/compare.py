@@ -52,16 +52,10 @@ def compare(
     from qlora_serve.cli.client import Client
 
     client = Client(url)
-    names = [name.strip() for name in variants.split(",") if name.strip()]
-    names = names or ["base", *client.adapters()]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"--variants {variants}: a name is given twice")
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
     body = {
-        "messages": messages, "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
-        "variants": [variant(name, repeats) for name in names], "divergence": divergence,
+        "messages": _messages(prompt, system), "variants": _variants(variants, repeats, client),
+        "max_tokens": max_tokens, "temperature": temperature, "seed": seed,
+        "divergence": divergence,
     }  # fmt: skip
     console = Console()
     if not as_json and console.is_terminal:
@@ -71,10 +65,28 @@ def compare(
     if as_json:
         answers = [_plain(answer) for answer in found]
         typer.echo(json.dumps({"prompt": prompt, "answers": answers}, indent=2, ensure_ascii=False))
-    else:
-        from qlora_serve.cli.columns import Columns
+        return
+    from qlora_serve.cli.columns import Columns
 
-        console.print(Columns.of_whole(found).table())
+    console.print(Columns.of_whole(found).table())
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    asked = [{"role": "user", "content": prompt}]
+    return asked if system is None else [{"role": "system", "content": system}, *asked]
+
+
+def _variants(listed: str, repeats: int, client: "Client") -> list[dict[str, Any]]:
+    """What `--variants` lists; base and all adapters when it lists none.
+
+    Raises:
+        ConfigError: a name is given twice, or a scale is not a number.
+    """
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    names = names or ["base", *client.adapters()]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--variants {listed}: a name is given twice")
+    return [variant(name, repeats) for name in names]
 
 
 def variant(text: str, repeats: int = 1) -> dict[str, Any]:
