@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_kinds import adapter_kinds
 from gptq_models import write_autogptq_model, write_dequantized, write_gptq_model
 from int8_rows import row_by_row
 from mixed_batch import check_against_peft, give_blocks, load_residents, mixed_rows, new_sequence
@@ -19,41 +20,21 @@ from qlora_serve.serve.engine.scheduler import Chunk
 
 TOLERANCE = 1e-4  # float32, on logits of magnitude about 10
 
-# Names that the Llama, Phi and Gemma families share.
 _FEW = ["q_proj", "v_proj"]
-KINDS = {
-    "plain": {},
-    "dora": {"use_dora": True},
-    "dora-bias": {"use_dora": True, "use_rslora": True, "bias": "all", "lora_alpha": 3},
-    "bias": {"bias": "all", "target_modules": _FEW},
-    "bias-of-targets": {"bias": "lora_only", "target_modules": _FEW},
-    "lora-bias": {"lora_bias": True},
-    "saved": {
-        "modules_to_save": ["embed_tokens", "lm_head", "norm", "layernorm"],
-        "target_modules": _FEW,
-    },
-    "saved-embedding": {"modules_to_save": ["embed_tokens"], "target_modules": _FEW},
-    "saved-embedding-tied": {
-        "modules_to_save": ["embed_tokens"],
-        "target_modules": _FEW,
-        "ensure_weight_tying": True,
-    },
-    "saved-linear": {"modules_to_save": ["k_proj", "lm_head"], "target_modules": _FEW}
-    | {"bias": "all"},
-    "embedding": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
-    "embedding-tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
-    "embedding-dora": {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True},
-    "tokens": {"trainable_token_indices": [10, 11, 3, 12, *range(100, 300)]}
-    | {"target_modules": _FEW},
-}
+# In the batches of test_engine_exactness.py and test_vocabularies.py.
+_ELSEWHERE = {"rslora", "patterns", "some-targets", "some-layers", "enlarged"}
+_ELSEWHERE |= {"enlarged-embedding-dora"}
+
+
+def _kinds(family: str, *names: str, quantized: bool = False) -> dict[str, dict]:
+    """Settings by name: of these kinds, else of all that the base can carry."""
+    left_out = _ELSEWHERE | ({"saved-linear"} if quantized else set())
+    every = adapter_kinds(family)
+    return {name: every[name] for name in names or every if name not in left_out}
 
 
 def _write(folder: Path, family: str, kinds: dict[str, dict]) -> tuple[Path, dict[str, Path]]:
     base = write_tiny_model(folder / "base", family)
-    if family == "qwen3" and "saved" in kinds:
-        # "norm" would also mean its norms of each head, which are refused.
-        saved = ["embed_tokens", "lm_head", "layernorm"]
-        kinds = kinds | {"saved": kinds["saved"] | {"modules_to_save": saved}}
     return base, {
         name: write_random_adapter(folder / name, base, seed=number, **settings)
         for number, (name, settings) in enumerate(kinds.items())
@@ -67,7 +48,7 @@ def _lengths(paths: dict[str, Path]) -> dict[str, int]:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("family", ["llama", "llama-untied", "phi", "gemma2", "qwen2"])
 def test_every_kind_matches_peft(family: str, tmp_path: Path) -> None:
-    base, paths = _write(tmp_path, family, KINDS)
+    base, paths = _write(tmp_path, family, _kinds(family))
     runner = Runner(load_base(str(base), dtype="float32"))
     found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths))
     check_against_peft(base, paths, found, TOLERANCE, differs_by=0.1)
@@ -95,7 +76,7 @@ def _quantized_reference(quantization: str, dtype: str):
 def test_every_kind_on_other_bases(
     quantization: str, dtype: str, tolerance: float, tmp_path: Path
 ) -> None:
-    kinds = KINDS | {"saved-linear": {"modules_to_save": ["lm_head"], "target_modules": _FEW}}
+    kinds = _kinds("llama", quantized=quantization != "none")
     base, paths = _write(tmp_path, "llama", kinds)
     runner = Runner(load_base(str(base), quantization=quantization, dtype=dtype))
     found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths), decode=2)
@@ -104,7 +85,7 @@ def test_every_kind_on_other_bases(
 
 
 # PEFT refuses DoRA on GPTQ layers; on the dequantized float32 base it does not.
-_PEFT_DOES_ON_GPTQ = ("plain", "saved-embedding", "tokens", "lora-bias")
+_PEFT_DOES_ON_GPTQ = ("lora", "saved-embedding", "tokens", "lora-bias")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -123,8 +104,7 @@ _PEFT_DOES_ON_GPTQ = ("plain", "saved-embedding", "tokens", "lora-bias")
 )
 def test_every_kind_on_gptq(family: str, settings: dict, tmp_path: Path) -> None:
     pytest.importorskip("gptqmodel")
-    kinds = KINDS | {"saved-linear": {"modules_to_save": ["lm_head"], "target_modules": _FEW}}
-    base, paths = _write(tmp_path, family, kinds)
+    base, paths = _write(tmp_path, family, _kinds(family, quantized=True))
     gptq = write_gptq_model(tmp_path / "gptq", base, **settings)
     runner = Runner(load_base(str(gptq)))
     found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths), decode=2)
@@ -144,7 +124,7 @@ def test_adapters_on_autogptqs_format_without_the_kernels(
     in_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gptqmodel")
-    base, paths = _write(tmp_path, "llama", {name: KINDS[name] for name in ("plain", "dora")})
+    base, paths = _write(tmp_path, "llama", _kinds("llama", "lora", "dora"))
     gptq = write_gptq_model(tmp_path / "gptq", base, symmetric=False)
     older = write_autogptq_model(tmp_path / "older", gptq, in_config)
     monkeypatch.setattr("qlora_serve.serve.engine.runner.load_kernels", lambda: None)
@@ -156,7 +136,7 @@ def test_adapters_on_autogptqs_format_without_the_kernels(
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_bfloat16_is_as_near_to_float32_as_peft_is(tmp_path: Path) -> None:
-    base, paths = _write(tmp_path, "llama", {n: KINDS[n] for n in ("plain", "dora", "embedding")})
+    base, paths = _write(tmp_path, "llama", _kinds("llama", "lora", "dora", "embedding"))
     runner = Runner(load_base(str(base), dtype="bfloat16"))
     found = mixed_rows(runner, load_residents(runner, paths), _lengths(paths))
     for name, path in paths.items():
@@ -173,14 +153,14 @@ def test_bfloat16_is_as_near_to_float32_as_peft_is(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_loading_while_others_decode_changes_nothing_for_them(tmp_path: Path) -> None:
     """Modules are wrapped between two steps of running sequences."""
-    names = ("plain", "saved", "embedding-dora")
-    base, paths = _write(tmp_path, "phi", {name: KINDS[name] for name in names})
+    names = ("lora", "saved", "embedding-dora")
+    base, paths = _write(tmp_path, "phi", _kinds("phi", *names))
 
     def decode(load_between: bool) -> torch.Tensor:
         runner = Runner(load_base(str(base), dtype="float32"))
-        residents = load_residents(runner, {"plain": paths["plain"]})
+        residents = load_residents(runner, {"lora": paths["lora"]})
         prompt = list(range(20, 40))
-        sequences = [new_sequence(prompt, None), new_sequence(prompt, residents["plain"])]
+        sequences = [new_sequence(prompt, None), new_sequence(prompt, residents["lora"])]
         give_blocks(runner, sequences, 4)
         rows = [runner.forward([Chunk(s, 0, len(prompt)) for s in sequences])]
         for step in range(4):
@@ -220,7 +200,7 @@ def test_what_the_base_cannot_carry_is_refused(
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_embedding_lora_of_another_embedding_is_refused(tmp_path: Path) -> None:
-    base, paths = _write(tmp_path, "llama", {"it": KINDS["embedding-dora"]})
+    base, paths = _write(tmp_path, "llama", {"it": adapter_kinds("llama")["embedding-dora"]})
     file = paths["it"] / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("base_layer.weight"))
