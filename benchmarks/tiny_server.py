@@ -83,9 +83,15 @@ def tiny_server(folder: Path) -> Iterator[Server]:
     try:
         url = _wait_until_listening(process, log)
         yield Server(url, psutil.Process(process.pid), key, log, folder)
+    except BaseException as error:
+        error.add_note(f"the server's log ends: {log.read_text()[-3000:]}")
+        raise
     finally:
+        died = process.poll()
         process.terminate()
         code = process.wait(timeout=60)
+        if died is not None:  # whatever a client has said about it
+            raise SoakError(f"the server died, exit code {died}: {log.read_text()[-2000:]}")
     if code != 0:
         raise SoakError(f"the server ended with exit code {code}: {log.read_text()[-2000:]}")
 
