@@ -1,4 +1,4 @@
-"""A client that goes away frees its place, streaming or not."""
+"""A client that goes away frees its place within one step, streaming or not."""
 
 import json
 import socket
@@ -29,11 +29,28 @@ def served(tmp_path: Path) -> Iterator[tuple[Service, str]]:
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_ends_the_request_and_all_its_choices(served, stream, choices) -> None:
     service, url = served
-    begun, over = threading.Event(), threading.Event()
+    begun, left, noticed, over = (threading.Event() for _ in range(4))
     seen: list[Sequence] = []
     ended: list[Sequence] = []
+    aborted: set[str] = set()
+    steps_after: list[int] = []
     engine = service.engine
     real_advance, real_end = engine._advance, engine._end
+    real_step, real_abort = engine.step, engine.abort
+
+    def abort(request_id: str) -> None:
+        real_abort(request_id)
+        aborted.add(request_id)
+        if len(aborted) == choices:
+            noticed.set()
+
+    def step() -> bool:
+        """Once the client has left, no step begins before the engine has been told: noticing needs
+        none. Then those are counted that still compute for it."""
+        if left.is_set() and not over.is_set():
+            assert noticed.wait(60)
+            steps_after.append(len(engine.scheduler.sequences()))
+        return real_step()
 
     def advance(sequence: Sequence, token: int) -> None:
         real_advance(sequence, token)
@@ -47,6 +64,7 @@ def test_leaving_ends_the_request_and_all_its_choices(served, stream, choices) -
             over.set()
 
     engine._advance, engine._end = advance, end
+    engine.step, engine.abort = step, abort
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 480,
@@ -61,6 +79,9 @@ def test_leaving_ends_the_request_and_all_its_choices(served, stream, choices) -
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         assert begun.wait(60)
+        left.set()
     assert over.wait(60)
+    # The one that was about to begin when the word came, if any.
+    assert [there for there in steps_after if there] in ([], [choices])
     assert len(seen[0].generated) < 480
     assert engine.scheduler.sequences() == []
