@@ -156,8 +156,8 @@ class Service:
     def experiment(self, name: str) -> Experiment | None:
         """The running experiment of this name, if it exists for the caller: it may use the name
         and all who answer."""
-        found = self.feedback.experiments.get(name)
-        return found if found is not None and self.sees_experiment(name, found.models) else None
+        found = self.feedback.experiments.get(name) if current_caller().allows(name) else None
+        return found if found is not None and all(map(self.sees, found.models)) else None
 
     def sees_experiment(self, name: str, models: Iterable[str]) -> bool:
         """Whether an experiment exists for the caller."""
