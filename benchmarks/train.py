@@ -13,9 +13,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,7 @@ class Turn:
     """Bytes."""
     loss: float
     """On held-out rows, after training."""
+    seed: int
 
 
 CASES = [Case("unpacked"), Case("packed", packing=True), Case("nf4", nf4=True)]
@@ -63,16 +65,38 @@ def main() -> None:
         files = _write_rows(work, options.rows)
         results = earlier_rounds(options.json) if options.append else {}
         done = max((len(turns) for case in results.values() for turns in case.values()), default=0)
+        cases = [case for case in CASES if case.name in options.cases]
+        clock = Clock(console, options.rounds * len(cases) * 3)
         for number in range(done, done + options.rounds):
-            for case in [case for case in CASES if case.name in options.cases]:
+            for case in cases:
                 # Who goes first changes from round to round.
                 systems = [OWN, PEER][:: 1 if number % 2 == 0 else -1]
-                turns = _round(options, work, files, case, systems, number, console)
+                turns = _round(options, work, files, case, systems, number, clock)
                 for system, turn in turns.items():
                     results.setdefault(case.name, {}).setdefault(system, []).append(turn)
     print_report(console, results)
     if options.json:
         options.json.write_text(json.dumps(_as_json(options, results), indent=2) + "\n")
+
+
+class Clock:
+    """Says what is being done, for how long already, and about how long it will go on."""
+
+    def __init__(self, console: Console, parts: int) -> None:
+        self._console = console
+        self._parts = parts
+        self._done = 0
+        self._begun = time.monotonic()
+
+    def say(self, what: str) -> None:
+        """Before each part."""
+        passed = time.monotonic() - self._begun
+        line = f"{what} ... ({self._done + 1} of {self._parts}, {passed / 60:.1f} min so far"
+        # After each case has been seen once, the parts to come are like those that were.
+        if self._done >= 3 * len(CASES):
+            line += f", about {passed / self._done * (self._parts - self._done) / 60:.0f} to go"
+        self._console.print(f"{line})", style="dim")
+        self._done += 1
 
 
 def _options() -> Any:
@@ -81,6 +105,9 @@ def _options() -> Any:
     parser.add_argument("--trl-python", default=sys.executable, help="a python that has TRL")
     parser.add_argument("--rows", type=int, default=64, help="training rows")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--seeds", type=int, help="rounds take so many seeds in turn (default: each its own)"
+    )
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=1)
@@ -95,6 +122,7 @@ def _options() -> Any:
         parser.error("--append needs --json FILE")
     if options.quick:
         options.rows, options.rounds = 16, 1
+    options.seeds = options.seeds or options.rounds
     from qlora_serve.base.source import locate_base
 
     options.base = str(locate_base(options.base).path)
@@ -133,8 +161,9 @@ def _round(
     case: Case,
     systems: list[str],
     number: int,
-    console: Console,
+    clock: "Clock",
 ) -> dict[str, Turn]:
+    seed = number % options.seeds
     common = {
         "base": options.base,
         "packing": case.packing,
@@ -143,19 +172,20 @@ def _round(
         "micro_batch": options.micro_batch,
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
-        "seed": number,
+        "seed": seed,
         **files,
     }
     outputs = {system: str(work / f"{case.name}-{system}-{number}") for system in systems}
     found = {}
     for system in systems:
-        console.print(f"round {number + 1}, {case.name}: {system} ...", style="dim")
+        clock.say(f"round {number + 1}, {case.name}, seed {seed}: {system}")
         python = options.trl_python if system == PEER else sys.executable
         found[system] = _work(python, common | {"do": system, "output": outputs[system]})
+    clock.say(f"round {number + 1}, {case.name}, seed {seed}: held-out rows")
     judged = _work(sys.executable, common | {"do": "evaluate", "adapters": list(outputs.values())})
     tokens = judged["tokens"] * options.epochs
     return {
-        system: Turn(tokens / run["seconds"], int(run["peak"]), judged[outputs[system]])
+        system: Turn(tokens / run["seconds"], int(run["peak"]), judged[outputs[system]], seed)
         for system, run in found.items()
     }
 
@@ -212,6 +242,7 @@ def print_report(console: Console, results: Results) -> None:
             end_section=True,
         )
     console.print(table)
+    console.print(losses_by_seed(results))
     for case, reference in (("packed", "unpacked"), ("nf4", "unpacked")):
         if case in results and reference in results:
             pairs = list(zip(results[case][OWN], results[reference][OWN], strict=True))
@@ -221,6 +252,32 @@ def print_report(console: Console, results: Results) -> None:
                 f"own {case} against own {reference}: {_spread(speeds)} tokens/s, "
                 f"{saved:+.2f} GB less"
             )
+
+
+def losses_by_seed(results: Results) -> Table:
+    """The mean held-out loss of each seed, ours beside theirs, and how far they are apart."""
+    table = Table(title="Held-out loss by seed")
+    for column in ("case", "seed", OWN, PEER, "ours less theirs"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for case, systems in results.items():
+        seeds = sorted({turn.seed for turn in systems[OWN]})
+        means = {
+            system: [mean(turn.loss for turn in turns if turn.seed == seed) for seed in seeds]
+            for system, turns in systems.items()
+        }
+        for row in zip(seeds, means[OWN], means[PEER], strict=True):
+            table.add_row(case, str(row[0]), *_losses(row[1], row[2]))
+        if len(seeds) > 1:
+            # How far apart seeds are in one system is the noise to see the difference against.
+            deviations = [f"{stdev(means[system]):.4f}" for system in (OWN, PEER)]
+            table.add_row(case, "mean", *_losses(mean(means[OWN]), mean(means[PEER])), style="cyan")
+            table.add_row(case, "deviation", *deviations, "", style="cyan")
+        table.add_section()
+    return table
+
+
+def _losses(own: float, peer: float) -> tuple[str, str, str]:
+    return f"{own:.4f}", f"{peer:.4f}", f"{own - peer:+.4f}"
 
 
 def _spread(values: list[float], form: str = "{:.2f} ×") -> str:
@@ -253,7 +310,7 @@ def _as_json(options: Any, results: Results) -> dict[str, Any]:
     }
     settings = {
         key: getattr(options, key)
-        for key in ("rows", "rounds", "micro_batch", "epochs", "learning_rate")
+        for key in ("rows", "rounds", "seeds", "micro_batch", "epochs", "learning_rate")
     }
     return {"machine": machine, "settings": settings, "cases": cases}
 

@@ -75,23 +75,12 @@ def ordered_rows(job: dict[str, Any]) -> list[Any]:
 
 def trl(job: dict[str, Any]) -> dict[str, float]:
     """TRL's SFTTrainer with the same rows, labels, order, first weights and settings."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoTokenizer, set_seed
+    from trl import SFTTrainer
 
-    quantization = None
-    if job["nf4"]:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        job["base"], dtype=torch.float32, quantization_config=quantization
-    )
+    model = peer_base(job)
     rows = [
         {
             "input_ids": row.input_ids,
@@ -110,30 +99,55 @@ def trl(job: dict[str, Any]) -> dict[str, float]:
         peft_config=LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        args=SFTConfig(
-            output_dir=job["output"],
-            per_device_train_batch_size=job["micro_batch"],
-            num_train_epochs=job["epochs"],
-            learning_rate=job["learning_rate"],
-            lr_scheduler_type="linear",
-            max_length=job["max_length"],
-            packing=job["packing"],
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1,
-            disable_tqdm=True,
-            seed=job["seed"],
-        ),
+        args=peer_settings(job),
     )
     reset_peak()
     result = trainer.train()
     peak = peak_bytes()
     trainer.save_model(job["output"])
     return {"seconds": result.metrics["train_runtime"], "peak": peak}
+
+
+def peer_base(job: dict[str, Any]) -> Any:
+    """The base in float32, or quantized by transformers as qlora-serve quantizes it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if job["nf4"]:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        job["base"], dtype=torch.float32, quantization_config=quantization
+    )
+
+
+def peer_settings(job: dict[str, Any]) -> Any:
+    """The same settings in TRL's words."""
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=job["output"],
+        per_device_train_batch_size=job["micro_batch"],
+        num_train_epochs=job["epochs"],
+        learning_rate=job["learning_rate"],
+        lr_scheduler_type="linear",
+        max_length=job["max_length"],
+        packing=job["packing"],
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=job["seed"],
+    )
 
 
 def evaluate(job: dict[str, Any]) -> dict[str, float]:
