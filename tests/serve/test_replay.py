@@ -10,7 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
 from qlora_serve.base.load import load_base
-from qlora_serve.serve.engine.replay import LayerReplay, NotRecordableError
+from qlora_serve.serve.engine.recording import NotRecordableError
+from qlora_serve.serve.engine.replay import LayerReplay
 from qlora_serve.serve.engine.runner import Runner
 
 pytestmark = pytest.mark.skipif(

@@ -15,7 +15,8 @@ from hypothesis.stateful import (
 )
 
 from qlora_serve.errors import AdapterError
-from qlora_serve.serve.engine.slots import AdapterSelection, SlotTable
+from qlora_serve.serve.engine.slot_table import SlotTable
+from qlora_serve.serve.engine.slots import AdapterSelection
 
 CAPACITY = 100
 

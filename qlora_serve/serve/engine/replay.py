@@ -9,22 +9,26 @@ tensors in another shape and add two of them is not recorded, and everything run
 """
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_serve.serve.engine.attention import NativeSpans, Span, StepContext
 from qlora_serve.serve.engine.fused import engine_computes
 from qlora_serve.serve.engine.host_memory import Arena
 from qlora_serve.serve.engine.kernels.native import Kernels
 from qlora_serve.serve.engine.lora import AdapterLinear
+from qlora_serve.serve.engine.recording import (
+    NotRecordableError,
+    Recorded,
+    Watch,
+    goes_on,
+    layer_inputs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,84 +41,6 @@ _KINDS = ("linear", "linear_panels", "linear_coded", "rms_norm", "silu_product",
 _UPDATES = {"linear": (7, 8, 9), "linear_panels": (7, 8, 9), "linear_coded": (14, 15, 16)}
 _SPANS, _SPAN_COUNT = 15, 16  # the same for attention
 _CALL = np.dtype([("kind", np.int64), ("a", np.int64, 17), ("f", np.float32, 2)])  # replay.cpp
-
-_IGNORED = ("position_ids", "cache_position")  # what the rotation's tables were made from
-_NEW = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.empty_like.default,
-}
-
-
-class NotRecordableError(Exception):
-    """The layers do something that a replay would not do."""
-
-
-@dataclass
-class _Recorded:
-    """What one run of the layers did."""
-
-    calls: list[tuple[str, int | None, list[int], list[float]]] = field(default_factory=list)
-    """Kind, the index of the adapter layer or the group of the cache, integers, floats."""
-    storages: list[Tensor] = field(default_factory=list)
-    """The layers' inputs and everything that was written, alive so that no address comes twice."""
-    inputs: int = 0
-    """How many of them are inputs."""
-    output: Tensor | None = None
-    """Of the layer that ran last."""
-    is_inside: bool = False
-    """Whether the layers are running, not what is before or after them."""
-    _by_address: list[tuple[int, int]] = field(default_factory=list)
-
-    def sort(self) -> None:
-        """To be called when everything was recorded, before `place`."""
-        first: dict[int, int] = {}
-        for number, held in enumerate(self.storages):
-            first.setdefault(held.untyped_storage().data_ptr(), number)
-        self._by_address = sorted(first.items())
-
-    def place(self, address: int) -> tuple[int, int] | None:
-        """The storage that an address is in, and how far behind its beginning."""
-        before = bisect_right(self._by_address, (address, len(self.storages)))
-        if before == 0:
-            return None
-        begin, number = self._by_address[before - 1]
-        is_inside = address - begin < self.storages[number].untyped_storage().nbytes()
-        return (number, address - begin) if is_inside else None
-
-
-class _Watch(TorchDispatchMode):
-    """Notes what torch itself computes meanwhile."""
-
-    def __init__(self, recorded: _Recorded) -> None:
-        super().__init__()
-        self._recorded = recorded
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        aliases = [one.alias_info for one in func._schema.returns]
-        if aliases and all(one is not None and not one.is_write for one in aliases):
-            return found  # a view
-        if func in _NEW:
-            self._recorded.storages.append(found)
-        elif func is torch.ops.aten.add.Tensor and not kwargs and _can_add(*args):
-            self._recorded.storages.append(found)
-            addresses = [tensor.data_ptr() for tensor in (*args, found)]
-            self._recorded.calls.append(("add", None, [*addresses, found.numel()], []))
-        else:
-            raise NotRecordableError(f"{func}")
-        return found
-
-
-def _can_add(left: Any, right: Any) -> bool:
-    tensors = (left, right)
-    return (
-        all(isinstance(one, Tensor) and one.is_contiguous() for one in tensors)
-        and all(one.dtype == torch.float32 for one in tensors)
-        and left.shape == right.shape
-    )
 
 
 class LayerReplay:
@@ -138,7 +64,7 @@ class LayerReplay:
             raise NotRecordableError("no list of layers")
         self._forwards = [layer.forward for layer in self._layers]
         self._is_active = False
-        self._recording: _Recorded | None = None
+        self._recording: Recorded | None = None
         self._model = model
         self.steps = 0
         """Steps that were replayed."""
@@ -179,17 +105,17 @@ class LayerReplay:
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._is_active:
-                return self._replay(_inputs(hidden, args, kwargs)) if is_first else hidden
+                return self._replay(layer_inputs(hidden, args, kwargs)) if is_first else hidden
             recorded = self._recording
             if recorded is None:
                 return original(hidden, *args, **kwargs)
-            given = _inputs(hidden, args, kwargs)
+            given = layer_inputs(hidden, args, kwargs)
             if is_first:
                 recorded.storages += given
                 recorded.inputs, recorded.is_inside = len(given), True
-            elif not _goes_on(recorded, given):
+            elif not goes_on(recorded, given):
                 raise NotRecordableError("something happens between two layers")
-            with _Watch(recorded):
+            with Watch(recorded):
                 output = original(hidden, *args, **kwargs)
             if not isinstance(output, Tensor) or not output.is_contiguous():
                 raise NotRecordableError("a layer's output is not one tensor")
@@ -199,9 +125,9 @@ class LayerReplay:
         return forward
 
     @torch.inference_mode()
-    def _record(self, rows: int) -> _Recorded:
+    def _record(self, rows: int) -> Recorded:
         """Runs the model over `rows` tokens without computing anything in its layers."""
-        recorded = self._recording = _Recorded()
+        recorded = self._recording = Recorded()
         context, held = self._context, self._context.native_spans
         assert context.cache is not None
         groups = len(set(context.cache.group.values()))
@@ -218,7 +144,7 @@ class LayerReplay:
         return recorded
 
     @contextmanager
-    def _noting(self, recorded: _Recorded, spans: NativeSpans, groups: int) -> Any:
+    def _noting(self, recorded: Recorded, spans: NativeSpans, groups: int) -> Any:
         """Puts functions that only note their arguments in the place of the kernels."""
         tables = {id(spans.group(number)): number for number in range(groups)}
         swapped: list[tuple[Any, str, Any]] = []
@@ -261,7 +187,7 @@ class LayerReplay:
 
     # --- from two recordings to one that holds for any number of rows
 
-    def _compile(self, runs: list[_Recorded], rows: tuple[int, int]) -> None:
+    def _compile(self, runs: list[Recorded], rows: tuple[int, int]) -> None:
         one, two = runs
         one.sort()
         two.sort()
@@ -297,7 +223,7 @@ class LayerReplay:
         self._find_moving(one.calls)
 
     def _lay_out(
-        self, run: _Recorded, rows: int, pointers: list[tuple[int, int, int, int]], final: int
+        self, run: Recorded, rows: int, pointers: list[tuple[int, int, int, int]], final: int
     ) -> None:
         """Gives each storage a buffer; one that nobody reads any more serves the next."""
         last = {storage: call for call, _, storage, _ in pointers}  # calls come in order
@@ -377,30 +303,6 @@ class LayerReplay:
         calls["a"][self._attention, _SPAN_COUNT] = spans.count
         self._kernels.replay(calls.ctypes.data, len(calls))
         return self._output[None, :rows].clone()
-
-
-def _inputs(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What a layer is given anew in each step: hidden states, and the rotation's tables."""
-    tensors = [hidden, *(kwargs.get("position_embeddings") or ())]
-    others = [name for name, value in kwargs.items()
-              if isinstance(value, Tensor) and name not in _IGNORED]  # fmt: skip
-    if others or args:
-        raise NotRecordableError(f"the layers are given {', '.join(others) or 'more'}")
-    for one in tensors:
-        if not isinstance(one, Tensor) or one.dtype != torch.float32 or not one.is_contiguous():
-            raise NotRecordableError("the layers' inputs are not contiguous floats")
-        if one.dim() != 3 or one.shape[0] != 1:
-            raise NotRecordableError("the layers' inputs are not rows")
-    return tensors
-
-
-def _goes_on(recorded: _Recorded, given: list[Tensor]) -> bool:
-    """Whether a layer begins where the one before ended, and is given what the first was."""
-    assert recorded.output is not None
-    same = recorded.storages[1 : recorded.inputs]
-    return given[0].data_ptr() == recorded.output.data_ptr() and [
-        one.data_ptr() for one in given[1:]
-    ] == [one.data_ptr() for one in same]
 
 
 def record(

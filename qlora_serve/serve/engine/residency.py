@@ -10,7 +10,8 @@ from typing import Any
 
 from qlora_serve.adapters.weights import AdapterWeights
 from qlora_serve.errors import AdapterError
-from qlora_serve.serve.engine.slots import AdapterSelection, Slot, SlotKey, SlotTable
+from qlora_serve.serve.engine.slot_table import SlotTable
+from qlora_serve.serve.engine.slots import AdapterSelection, Slot, SlotKey
 
 log = logging.getLogger(__name__)
 
