@@ -5,9 +5,11 @@
     python benchmarks/merge.py --layers 24 --shard 500MB --rank 64
     python benchmarks/merge.py --folder F         keeps the base in F; one that lies there is used
 
-Copying and merging take turns, each in a process of its own. Both read what the page cache holds
+Copying and merging take turns, each in a process of its own. All read what the page cache holds
 (the base has just been written, or is read once before), write to the same disk, and end when all
-is flushed to it. The merge is the writing of the weights alone, without the proof. Its memory is
+is flushed to it. Files are copied by `shutil.copyfile`, whose speed depends on how soon the kernel
+finds free pages, and then past the page cache, as the merge writes: no way of copying is faster.
+The merge is the writing of the weights alone, without the proof. Its memory is
 the peak of the process while it merges, less what the process took right before: with all libraries
 loaded and the adapter attached once. With `--compare` the first round's output is compared with
 PEFT's `merge_and_unload` in float32, cast once.
@@ -41,7 +43,7 @@ def main() -> None:
         for file in (folder / "base").glob("*.safetensors"):
             shutil.copyfile(file, os.devnull)  # into the page cache
         rounds = [
-            {name: _measure(name, folder, sys.argv[1:]) for name in ("copy", "merge")}
+            {name: _measure(name, folder, sys.argv[1:]) for name in ("copy", "direct", "merge")}
             for _ in range(flags.repeat)
         ]
         _print(rounds, folder / "base")
@@ -134,6 +136,20 @@ def _copy(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started}
 
 
+def _copy_direct(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
+    from qlora_serve.merge.direct_file import Buffer, DirectFile
+
+    started = time.perf_counter()
+    (folder / "out").mkdir()
+    buffer = Buffer(8 * 2**20)
+    for file in (folder / "base").glob("*.safetensors"):
+        with file.open("rb", buffering=0) as source, DirectFile(folder / "out" / file.name) as out:
+            while size := source.readinto(memoryview(buffer.place(0, 8 * 2**20).numpy())):
+                out.write(buffer, size)
+            out.finish()
+    return {"seconds": time.perf_counter() - started}
+
+
 def _merge(folder: Path, flags: argparse.Namespace) -> dict[str, float]:
     from qlora_serve.adapters.files import read_adapter
     from qlora_serve.base.skeleton import build_skeleton
@@ -180,6 +196,7 @@ _WORKERS = {
     "write_base": _write_base,
     "write_adapter": _write_adapter,
     "copy": _copy,
+    "direct": _copy_direct,
     "merge": _merge,
     "compare": _compare,
 }
@@ -203,12 +220,21 @@ def _print(rounds: list[dict[str, dict[str, float]]], base: Path) -> None:
     sizes = [file.stat().st_size for file in base.glob("*.safetensors")]
     print(f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files, the largest {max(sizes) / 1e6:.0f} MB")
     for number, found in enumerate(rounds, 1):
-        copied, merged = found["copy"]["seconds"], found["merge"]["seconds"]
-        print(f"round {number}: copying {copied:.2f} s, merging {merged:.2f} s")
-    copied = statistics.median(found["copy"]["seconds"] for found in rounds)
-    merged = statistics.median(found["merge"]["seconds"] for found in rounds)
+        seconds = [found[name]["seconds"] for name in ("copy", "direct", "merge")]
+        print(
+            "round {}: copying {:.2f} s, past the cache {:.2f} s, merging {:.2f} s".format(
+                number, *seconds
+            )
+        )
+    copied, direct, merged = (
+        statistics.median(found[name]["seconds"] for found in rounds)
+        for name in ("copy", "direct", "merge")
+    )
     memory = max(found["merge"]["memory"] for found in rounds)
-    print(f"medians: {copied:.2f} s and {merged:.2f} s, {copied / merged:.2f} of copying's speed")
+    print(
+        f"medians: {copied:.2f} s, {direct:.2f} s and {merged:.2f} s; merging has "
+        f"{copied / merged:.2f} of copying's speed, {direct / merged:.2f} of that past the cache"
+    )
     print(f"memory: {memory / 1e6:.0f} MB, {memory / max(sizes):.2f} of the largest file")
 
 
