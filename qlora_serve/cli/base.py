@@ -20,6 +20,28 @@ class Quantize(StrEnum):
     gptq = "gptq"
 
 
+Bits = Annotated[int | None, typer.Option(help="GPTQ only: 2, 3, 4 (default) or 8.")]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="GPTQ only: inputs that share a scale, 128 by default; -1 for all."),
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(help="GPTQ only: no zero points of the groups' own (default: symmetric)."),
+]
+ByActivity = Annotated[
+    bool | None,
+    typer.Option(help="GPTQ only: quantize inputs by their activity (desc_act; default: off)."),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help='GPTQ only: JSONL rows of {"messages": [...]} or {"text": "..."} to calibrate '
+        "with, instead of the 48 that come along."
+    ),
+]
+
+
 @app.callback()
 def base() -> None:
     """Prepare base models."""
@@ -33,26 +55,11 @@ def prepare(
         typer.Option(help="Where to write it; the cache folder (QLORA_SERVE_CACHE) when left out."),
     ] = None,
     quantize: Annotated[Quantize, typer.Option(help="Write a quantized copy.")] = Quantize.none,
-    bits: Annotated[int | None, typer.Option(help="GPTQ only: 2, 3, 4 (default) or 8.")] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="GPTQ only: inputs that share a scale, 128 by default; -1 for all."),
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(help="GPTQ only: no zero points of the groups' own (default: symmetric)."),
-    ] = None,
-    by_activity: Annotated[
-        bool | None,
-        typer.Option(help="GPTQ only: quantize inputs by their activity (desc_act; default: off)."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help='GPTQ only: JSONL rows of {"messages": [...]} or {"text": "..."} to calibrate '
-            "with, instead of the 48 that come along."
-        ),
-    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = None,
+    by_activity: ByActivity = None,
+    calibration: Calibration = None,
 ) -> None:
     """Write a base model that the other commands take by name or directory.
 
@@ -64,13 +71,6 @@ def prepare(
 
         qlora-serve base prepare smollm2 --quantize gptq --bits 4 --group-size 64
     """
-    from qlora_serve.base.prepare import prepare_base
-    from qlora_serve.base.quantize_gptq import GptqSettings
-    from qlora_serve.progress import console, progress
-
-    def report(line: str) -> None:
-        console.print(line, soft_wrap=True)
-
     flags: dict[str, Any] = {
         "bits": bits,
         "group_size": group_size,
@@ -79,15 +79,25 @@ def prepare(
         "calibration": calibration,
     }
     given = {key: value for key, value in flags.items() if value is not None}
+    if given and quantize is not Quantize.gptq:
+        flag = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{flag} is for --quantize gptq only; leave it out")
+    typer.echo(_prepare(name, output, quantize, given))
+
+
+def _prepare(name: str, output: Path | None, quantize: Quantize, gptq: dict[str, Any]) -> Path:
+    """Where the base was written; `gptq` are the settings that were given, by name."""
+    from qlora_serve.base.prepare import prepare_base
+    from qlora_serve.base.quantize_gptq import GptqSettings
+    from qlora_serve.progress import console, progress
+
+    def report(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
     if quantize is Quantize.gptq:
         # It shows its own progress, layer by layer.
         with libraries_on_stderr():
-            target = prepare_base(name, output, "gptq", report, GptqSettings(**given))
-    elif given:
-        flag = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{flag} is for --quantize gptq only; leave it out")
-    else:
-        kind: Literal["none", "nf4"] = "nf4" if quantize is Quantize.nf4 else "none"
-        with progress(f"preparing {name}"), libraries_on_stderr():
-            target = prepare_base(name, output, kind, report)
-    typer.echo(target)
+            return prepare_base(name, output, "gptq", report, GptqSettings(**gptq))
+    kind: Literal["none", "nf4"] = "nf4" if quantize is Quantize.nf4 else "none"
+    with progress(f"preparing {name}"), libraries_on_stderr():
+        return prepare_base(name, output, kind, report)

@@ -55,14 +55,19 @@ class RowRecipe(Protocol):
 
 
 @dataclass(frozen=True)
-class Copied:
-    """The rows as they are."""
+class _OfOneSource:
+    """What is made of one tensor's rows, and has its shape."""
 
     source: RowSource
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
+
+
+@dataclass(frozen=True)
+class Copied(_OfOneSource):
+    """The rows as they are."""
 
     def blocks(self, first: int, count: int, change: Change) -> Iterator[Any]:
         for _, block in self.source.rows(_LEAST_ROWS, first, count):
@@ -98,17 +103,12 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class WithTokens:
+class WithTokens(_OfOneSource):
     """The rows with those of trained tokens in their places (`trainable_token_indices`)."""
 
-    source: RowSource
     tokens: list[int]
     trained: Any
     """[tokens, width], float32"""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
 
     def blocks(self, first: int, count: int, change: Change) -> Iterator[Any]:
         for start, block in self.source.rows(_LEAST_ROWS, first, count):
@@ -123,10 +123,9 @@ class WithTokens:
 
 
 @dataclass(frozen=True)
-class Updated:
+class Updated(_OfOneSource):
     """`W + scaling B A`; with DoRA its rows are then scaled to their trained lengths."""
 
-    source: RowSource
     a: Any
     """[rank, in], float32"""
     b: Any
@@ -141,10 +140,6 @@ class Updated:
     def __post_init__(self) -> None:
         # Multiplying by a power of two rounds nothing, so that it may be part of the addition.
         object.__setattr__(self, "_is_exact", abs(frexp(self.scaling)[0]) == 0.5)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
 
     def blocks(self, first: int, count: int, change: Change) -> Iterator[Any]:
         scratch: Any = None
