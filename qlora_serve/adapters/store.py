@@ -110,7 +110,8 @@ class AdapterStore:
         Raises:
             ConfigError: the name cannot be given.
             AdapterError: the source is no adapter, or its weights are broken.
-            OutputError: the name is taken, or the disk is full.
+            OutputError: the name is taken, the disk is full, or the store holds this content
+                already, but somebody has changed its files.
         """
         check_new_name(name)
         with self._working() as work:
@@ -121,7 +122,9 @@ class AdapterStore:
             with self._locked():
                 before = self._require_replaceable(name, replace or force, force, key)
                 unchanged = before == key
-                if not (self._objects / key).is_dir():
+                if (self._objects / key).is_dir():
+                    self._require_undamaged(key)
+                else:
                     os.rename(adapter, self._objects / key)
                     flush(self._objects)
                 if not unchanged:
@@ -224,6 +227,24 @@ class AdapterStore:
                     os.rename(old, self.folder / old.name)
                     flush(self.folder)
 
+    def _require_undamaged(self, key: str) -> None:
+        """Checks that content which is there already is still what its name says."""
+        content = self._objects / key
+        try:
+            is_whole = _key_of(content, *_read_whole(content)) == key
+        except AdapterError:
+            is_whole = False
+        if is_whole:
+            return
+        entries = scan_adapters(self.folder).entries.values()
+        names = [entry.name for entry in entries if entry.path == content]
+        remove = f"remove {', '.join(names)} with `qlora-serve adapters remove`, " if names else ""
+        raise OutputError(
+            f"{self.folder} already holds this adapter, but damaged: its files in the store have "
+            f"changed since it was added; {remove}run `qlora-serve adapters clean --now`, and add "
+            "it again"
+        )
+
     def _require(self, name: str, force: bool, what: str) -> FolderEntry:
         entries = scan_adapters(self.folder).entries
         if name not in entries:
@@ -309,10 +330,15 @@ class AdapterStore:
 def _seal(adapter: Path, label: str) -> str:
     """Checks a directory that will be an object, brings it to its final form, and names it."""
     files, tensors = relabelled(lambda: _read_whole(adapter), adapter, label)
-    identity = content_identity(files, tensors)
     if len(files.weight_files) > 1:
         _write_single_file(adapter, tensors, files.weight_files)
     flush_tree(adapter)
+    return _key_of(adapter, files, tensors)
+
+
+def _key_of(adapter: Path, files: AdapterFiles, tensors: dict[str, Any]) -> str:
+    """The name of an object with this content."""
+    identity = content_identity(files, tensors)
     return f"{identity.removeprefix('sha256:')}-{_hash_of_others(adapter)}"
 
 

@@ -49,6 +49,24 @@ def leftovers(store):
     return [p.name for p in (store.folder / OBJECTS).iterdir() if p.name.endswith(".partial")]
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_content_is_not_taken_for_what_is_added(store, source, file):
+    add(store, "mine", source)
+    held = store.get("mine").path.resolve() / file
+    damaged = bytearray(held.read_bytes())
+    damaged[-2] ^= 1
+    held.write_bytes(damaged)
+    for name in ("mine", "twin"):
+        with pytest.raises(OutputError, match=r"but damaged: .* remove mine with"):
+            add(store, name, source, replace=True)
+    assert list(find_adapters(store.folder)) == ["mine"]
+    # What the message says to do helps.
+    store.remove("mine")
+    store.clean(0)
+    add(store, "mine", source)
+    assert content(store.folder / "mine") == content(source)
+
+
 def test_name_is_a_link_that_any_tool_can_follow(store, source):
     added = add(store, "mine", source)
     assert not added.replaced
