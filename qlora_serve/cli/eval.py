@@ -33,7 +33,8 @@ def evaluate(settings: EvalSettings) -> None:
     if settings.as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    Console(highlight=False).print(table(found))
+    output = Console(highlight=False)
+    output.print(table(found, output.width))
 
 
 app.command("eval")(flags_from(EvalSettings)(evaluate))

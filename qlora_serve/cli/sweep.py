@@ -37,7 +37,8 @@ def sweep(settings: SweepSettings) -> None:
         content = (settings.output / "sweep.json").read_text(encoding="utf-8")
         typer.echo(json.dumps(json.loads(content) | {"best": best(result)}, indent=2))
     elif result.evaluation is not None:
-        Console(highlight=False).print(table(result.evaluation))
+        output = Console(highlight=False)
+        output.print(table(result.evaluation, output.width))
         typer.echo(f"best: {settings.output / (best(result) or '')}")
         console.print(f"picture: {settings.output / 'sweep.html'}", soft_wrap=True, markup=False)
     if result.failed:

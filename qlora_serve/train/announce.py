@@ -67,9 +67,11 @@ def report_start(
 def report_end(settings: TrainSettings, manifest: Manifest, report: Report) -> None:
     """Says how it went, and what can be done with the result."""
     metrics = manifest.metrics
+    loss = metrics.get("eval_loss")
+    held_out = "" if loss is None else f"; on held-out rows {loss:.4f}"
     report(
         f"saved {settings.output}: {metrics['steps']} steps in {metrics['seconds']:.0f} s, loss "
-        f"{metrics['first_loss']:.4f} to {metrics['last_loss']:.4f}"
+        f"{metrics['first_loss']:.4f} to {metrics['last_loss']:.4f}{held_out}"
     )
     output, name = shlex.quote(str(settings.output)), settings.output.name
     quantization = settings.quantization

@@ -29,6 +29,8 @@ def model_card(name: str, manifest: Manifest, parameters: dict[str, Any] | None 
 
 def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> list[str]:
     metrics, data = manifest.metrics, manifest.data
+    loss = metrics.get("eval_loss")
+    held_out = "" if loss is None else f", and is {loss:.3f} on held-out rows"
     on = (
         ""
         if manifest.base.quantization == "none"
@@ -62,8 +64,9 @@ def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> 
         "## Training details",
         "",
         f"{data.get('rows', '?')} rows, {metrics['steps']} steps; the loss went from "
-        f"{metrics['first_loss']:.3f} to {metrics['last_loss']:.3f}. `report.html` shows how, "
-        "`recipe.yaml` makes the adapter again, and `qlora_serve.json` holds every setting.",
+        f"{metrics['first_loss']:.3f} to {metrics['last_loss']:.3f}{held_out}. "
+        "`report.html` shows how, `recipe.yaml` makes the adapter again, and `qlora_serve.json` "
+        "holds every setting.",
         "",
         "## Limits",
         "",

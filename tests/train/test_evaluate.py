@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_serve.errors import AdapterError, ConfigError, DataError
 from qlora_serve.train.evaluate.config import EvalSettings
-from qlora_serve.train.evaluate.run import Evaluation, _adapted, evaluate
+from qlora_serve.train.evaluate.run import Evaluation, Measure, _adapted, evaluate
 from qlora_serve.train.evaluate.scores import Scorer, is_json_object
 from qlora_serve.train.evaluate.show import table
 from qlora_serve.train.evaluate.statistics import bootstrap, holm, paired_p_value
@@ -102,8 +102,26 @@ def _text(found: Evaluation) -> str:
     from rich.console import Console
 
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(found))
+    console.print(table(found, console.width))
     return console.export_text()
+
+
+def test_a_narrow_terminal_shows_every_name_and_figure() -> None:
+    from rich.console import Console
+
+    metrics = ("loss", "perplexity", "exact", "rouge_l", "chrf", "json")
+    measures = {m: Measure(value=0.5, low=0.25, high=0.75, p_value=0.5) for m in metrics}
+    names = ["base", "rank-16.learning_rate-0_0001"]
+    found = Evaluation(
+        base="b", data="d.jsonl", rows=8, confidence=0.95, systems=dict.fromkeys(names, measures)
+    )
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(found, console.width))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("75.0 %") == 2 * 4
+    cells = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert "".join(cells) == "".join(names)
 
 
 def test_an_adapter_leaves_the_base_as_it_was(base: Path, adapters: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from qlora_serve.adapters.manifest import read_manifest
 from qlora_serve.errors import AdapterError
 from qlora_serve.settings import load_settings
+from qlora_serve.train.announce import report_end
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.report.charts import curve
 from qlora_serve.train.report.page import LOG_FILE, write_report
@@ -42,7 +43,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
         base=str(write_tiny_model(folder / "base")),
         data=write_chats(folder / "d.jsonl", SOME_CHATS),
         output=folder / "mine",
-        device="cpu", max_steps=3, rank=2, learning_rate=1e-2, target_modules=("q_proj", "v_proj"),
+        device="cpu", max_steps=3, rank=2, eval_split=1, learning_rate=1e-2,
+        target_modules=("q_proj", "v_proj"),
     )  # fmt: skip
     train(settings, lambda _: None)
     return settings
@@ -161,6 +163,21 @@ def test_curves_stay_inside_their_frame(points: list[tuple[float, float]]) -> No
             assert 0 <= x <= 480
             assert 0 <= y <= 250
     assert len(svg) < 60_000
+
+
+def test_the_held_out_loss_is_said_wherever_the_loss_is(trained: TrainSettings) -> None:
+    manifest = read_manifest(trained.output)
+    assert manifest is not None
+    loss = manifest.metrics["eval_loss"]
+    lines: list[str] = []
+    report_end(trained, manifest, lines.append)
+    assert lines[0].endswith(f"; on held-out rows {loss:.4f}")
+    assert f"{loss:.3f} on held-out rows" in (trained.output / "README.md").read_text()
+    write_report(trained.output)
+    text = _Page((trained.output / "report.html").read_text()).text
+    assert re.search(rf"{loss:.3f}\s*loss on held-out rows", text)
+    (source,) = manifest.data["sources"]
+    assert f"{trained.data[0]}: chatml, {source['rows']} rows" in text
 
 
 def test_an_unknown_key_in_a_manifest_does_not_break_the_report(trained: TrainSettings) -> None:

@@ -164,8 +164,11 @@ def _kind(manifest: Manifest) -> str:
 
 def _tiles(manifest: Manifest, planned: Memory | None, measured: int) -> list[tuple[str, str]]:
     metrics = manifest.metrics
+    loss = metrics.get("eval_loss")
+    held_out = [] if loss is None else [("loss on held-out rows", f"{loss:.3f}")]
     tiles = [
         ("loss, first to last step", f"{metrics['first_loss']:.3f} → {metrics['last_loss']:.3f}"),
+        *held_out,
         ("steps", f"{metrics['steps']:,}"),
         ("training time", _duration(float(metrics["seconds"]))),
         ("tokens a second", f"{metrics['tokens_per_second']:,.0f}"),
@@ -273,20 +276,28 @@ def _memory_note(planned: Memory | None) -> str:
     if planned is None:
         return "This run could not be planned."
     return (
-        f"Planned for full micro-batches of {planned['micro_batch']} × {planned['length']} tokens, "
-        "tensors only. Measured is the process: on a CPU also Python, its libraries (about half a "
-        "GiB) and the gaps in the C library's heap."
+        f"Planned for full micro-batches of {planned['micro_batch']} × {planned['length']} tokens. "
+        "Measured is the process: on a CPU also Python and its libraries, about half a GiB."
     )
 
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, value in values.items():
+        if key == "sources":
+            rows += [(f"source {n}", _source(source)) for n, source in enumerate(value, 1)]
+            continue
         if isinstance(value, dict | list):
             value = json.dumps(value, ensure_ascii=False)
         text = f"{value:,}" if isinstance(value, int) else str(value)
         rows.append((key.replace("_", " "), text))
     return rows
+
+
+def _source(source: dict[str, Any]) -> str:
+    weight = source.get("weight", 1)
+    weighed = "" if weight == 1 else f", weight {weight:g}"
+    return f"{source['name']}: {source.get('format')}, {source.get('rows'):,} rows{weighed}"
 
 
 def _environment(manifest: Manifest, log: dict[str, Any]) -> list[tuple[str, str]]:
