@@ -96,7 +96,10 @@ def _print_comparison(first: str, second: str, comparison: dict[str, Any]) -> No
 def _print_fields(fields: dict[str, Any], indent: str = "") -> None:
     width = max(len(name) for name in fields)
     for name, value in fields.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, list):
+            text = ", ".join(map(str, value))
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
         typer.echo(f"{indent}{name.replace('_', ' '):<{width}}  {text}")
 
 

@@ -30,6 +30,12 @@ def _print_errors(report: Any) -> None:
     table.add_column("module")
     for heading in ("rank", "error", "kept energy"):
         table.add_column(heading, justify="right")
-    for path, error in report.errors.items():
+    for path in sorted(report.errors, key=_in_layers_order):
+        error = report.errors[path]
         table.add_row(path, str(report.ranks[path]), f"{error:.3g}", f"{1 - error**2:.2%}")
     console.print(table)
+
+
+def _in_layers_order(path: str) -> list[tuple[int, str]]:
+    """Layer 2 comes before layer 10."""
+    return [(int(part) if part.isdigit() else -1, part) for part in path.split(".")]

@@ -36,7 +36,7 @@ def record(adapter, base, mark=None):
         dtype="float32",
         unquantized=str(base),
     )
-    manifest = Manifest(base=recorded, recipe={"rank": 4}, metrics={"final_loss": 0.5})
+    manifest = Manifest(base=recorded, recipe={"rank": 4}, metrics={"final_loss": 1 / 3})
     write_manifest(adapter, manifest)
 
 
@@ -87,12 +87,12 @@ def test_show_has_the_training(folder, base):
     assert "made elsewhere" in run("show", plain)
     record(plain, base)
     shown = json.loads(run("show", plain, "--json"))
-    assert shown["training"]["metrics"] == {"final_loss": 0.5}
+    assert shown["training"]["metrics"] == {"final_loss": 1 / 3}
     adapter = read_adapter(plain)
     assert shown["tensors"] == len(adapter.tensors)
     assert shown["parameters"] == sum(t.numel() for t in adapter.load_tensors().values())
     text = run("show", plain)
-    assert "final loss" in text
+    assert "final loss  0.333333\n" in text
     assert shown["identity"] in text
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qlora_serve.adapters.manifest import Manifest, ManifestBase, write_manifest
 from qlora_serve.adapters.weights import LoraPair, load_weights
 from qlora_serve.base.source import locate_base
 from qlora_serve.cli.main import app
+from qlora_serve.cli.new_adapter import show
 from qlora_serve.errors import ConfigError, MergeError
 from qlora_serve.merge.combine import _combine, combine_adapters, fold_adapter
 from qlora_serve.merge.config import CombineSettings, FoldSettings
@@ -224,3 +226,14 @@ def test_commands(two, tmp_path):
     done = CliRunner().invoke(app, ["fold", str(both), "--rank", "2", "--output", str(small)])
     assert done.exit_code == 0, done.output
     assert "kept energy" in done.stdout
+
+
+def test_modules_are_shown_in_the_order_of_their_layers(capsys):
+    errors = {f"layers.{layer}.q_proj": 0.1 for layer in ("0", "10", "2")}
+    report = SimpleNamespace(
+        output="out", errors=errors, ranks=dict.fromkeys(errors, 2), error=0.1, kept_energy=0.99
+    )
+    show(report, as_json=False)
+    shown = "".join(capsys.readouterr())
+    places = [shown.index(f"layers.{layer}.q_proj") for layer in (0, 2, 10)]
+    assert places == sorted(places)
