@@ -42,7 +42,12 @@ def report_data(data: RunData, prepared: PreparedData, report: Report) -> None:
 
 
 def report_start(
-    base: "LoadedBase", dtype: str, model: Any, unquantized: str | None, report: Report
+    settings: TrainSettings,
+    base: "LoadedBase",
+    dtype: str,
+    model: Any,
+    unquantized: str | None,
+    report: Report,
 ) -> None:
     """Says what is trained, and on which base."""
     from qlora_serve.base.load import has_bfloat16
@@ -52,6 +57,9 @@ def report_start(
     share = 100 * trainable / total
     what = "model" if trainable == total else "adapter"
     report(f"{what}: {trainable:,} of {total:,} parameters are trained ({share:.2f} %)")
+    unused = unused_settings(settings)
+    if unused:
+        report(f"note: --method full has no adapter, and no use for {', '.join(unused)}")
     digest = base.fingerprint.removeprefix("sha256:")[:12]
     report(f"base: {base.source.name} ({base.quantization}, {dtype}), fingerprint {digest}")
     hint = dtype_hint(dtype, has_bfloat16(base.device))
@@ -62,6 +70,15 @@ def report_start(
             "note: the unquantized form of this base is not known; --unquantized-base names it for "
             "a later merge"
         )
+
+
+def unused_settings(settings: TrainSettings) -> list[str]:
+    """What was set for an adapter where there is none, as where a recipe serves both methods."""
+    if settings.method != "full":
+        return []
+    names = ("rank", "alpha", "dropout", "target_modules")
+    fields = type(settings).model_fields
+    return [name for name in names if getattr(settings, name) != fields[name].default]
 
 
 def report_end(settings: TrainSettings, manifest: Manifest, report: Report) -> None:

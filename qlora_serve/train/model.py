@@ -362,10 +362,13 @@ def _check_names(
             if not any(path == name or path.endswith(f".{name}") for path in paths)
         ]
     if wrong:
-        known = sorted({path.rpartition(".")[2] for path in _linear_paths(model)})
+        embeddings = [
+            path for path, part in model.named_modules() if isinstance(part, torch.nn.Embedding)
+        ]
+        known = sorted({path.rpartition(".")[2] for path in (*_linear_paths(model), *embeddings)})
         listed = repr(shown) if shown else _shown(tuple(wrong))
         raise ConfigError(
-            f"{field} {listed} match nothing in this base; its linear layers are: "
+            f"{field} {listed} match nothing in this base; its linear layers and embeddings are: "
             f"{', '.join(known[:_LISTED])}"
         )
 

@@ -133,7 +133,7 @@ def _train(settings: TrainSettings, inputs: RunInputs, report: Report) -> TrainR
     announce.propose_vocabulary(settings, base, vocabulary, report)
     model = build_model(base, settings, base_name(base.source), _first_batches(prepared, settings))
     announce.report_data(inputs.data, prepared, report)
-    announce.report_start(base, dtype, model, inputs.unquantized, report)
+    announce.report_start(settings, base, dtype, model, inputs.unquantized, report)
 
     unquantized = None if settings.init == "loftq" else inputs.unquantized
     probes = _probes(inputs.data, base)
