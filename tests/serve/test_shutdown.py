@@ -1,7 +1,9 @@
 """Signals and a broken engine end the server, and never an answer without an ending."""
 
+import asyncio
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -134,3 +136,24 @@ def test_a_server_without_memory_for_one_more_thread_still_ends(base) -> None:
         resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, most))
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+
+
+def test_the_pieces_of_an_answer_do_not_wait_for_the_client_to_confirm_the_first() -> None:
+    """asyncio's own choice is asked for: what it does on sockets that it accepts."""
+
+    async def accepted() -> int:
+        seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            held = writer.get_extra_info("socket")
+            seen.set_result(held.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(connected, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                answer = await seen
+                writer.close()
+        return answer
+
+    assert asyncio.run(accepted()) == 1
