@@ -76,7 +76,7 @@ def test_without_a_key_nothing_is_told(server) -> None:
     with server.http(None) as http:
         for path in ("/v1/models", "/v1/adapters", "/metrics", "/nowhere", "/v1/models/alpha"):
             assert http.get(path).status_code == 401, path
-        for path in ("/health", "/ready", "/docs", "/openapi.json"):
+        for path in ("/health", "/ready", "/docs", "/docs/files/swagger-ui.css", "/openapi.json"):
             assert http.get(path).status_code == 200, path
         headers = {"authorization": "Basic eDp5"}
         assert http.get("/v1/models", headers=headers).status_code == 401

@@ -50,6 +50,21 @@ def chromium():
         yield started
 
 
+@needs_chromium
+def test_the_page_of_the_api_shows_it_and_loads_nothing_from_elsewhere(chromium, url) -> None:
+    page = chromium.new_page()
+    page.set_default_timeout(60_000)
+    elsewhere: list[str] = []
+    page.on(
+        "request",
+        lambda one: None if one.url.startswith((url, "data:")) else elsewhere.append(one.url),
+    )
+    page.goto(f"{url}/docs")
+    expect(page.get_by_text("/v1/chat/completions", exact=True)).to_be_visible()
+    page.close()
+    assert not elsewhere
+
+
 @pytest.fixture
 def page(chromium, url):
     """A fresh visitor; whatever the console complains of, or comes from elsewhere, is a failure."""

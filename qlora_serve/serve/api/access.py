@@ -17,10 +17,12 @@ from qlora_serve.serve.keys import KeyRecord, Role, hash_key, read_keys
 
 log = logging.getLogger(__name__)
 
-PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/redoc", "/openapi.json"})
+PUBLIC_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 """What is the same for everybody and says nothing of adapters: no key is asked for."""
 PAGE_FILES = "/page/"
 """The same of the page's own style and scripts."""
+DOCS_FILES = "/docs/files/"
+"""The same of those of the API's page."""
 
 
 def require_scope(role: Role) -> Callable[[], Awaitable[None]]:
@@ -110,7 +112,9 @@ class Access:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if self._keys is not None and (path in PUBLIC_PATHS or path.startswith(PAGE_FILES)):
+        if self._keys is not None and (
+            path in PUBLIC_PATHS or path.startswith((PAGE_FILES, DOCS_FILES))
+        ):
             await self._inside(NOBODY, scope, receive, send)
             return
         caller: Caller | None = Caller(scope["client"][0] if scope.get("client") else "")

@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from qlora_serve import __version__
@@ -23,7 +24,7 @@ from qlora_serve.serve.api import (
     responses,
     tokens,
 )
-from qlora_serve.serve.api.access import Access, require_scope
+from qlora_serve.serve.api.access import DOCS_FILES, Access, require_scope
 from qlora_serve.serve.api.answers import ERRORS, ModelCard, ModelList, StatusAnswer
 from qlora_serve.serve.api.caller import current_caller
 from qlora_serve.serve.api.door import Door
@@ -48,7 +49,10 @@ def create_app(service: Service) -> FastAPI:
         finally:
             service.close()
 
-    app = FastAPI(
+    # FastAPI's own /docs is blank where the browser reaches no CDN; this one brings its scripts.
+    app = FastAPIOffline(
+        static_url=DOCS_FILES.removesuffix("/"),
+        redoc_url=None,  # which asks elsewhere for fonts
         title="qlora-serve",
         version=__version__,
         summary="One base model, many adapters, chosen per request.",
