@@ -31,8 +31,8 @@ def load_settings(kind: type[SettingsT], file: Path | None, flags: Mapping[str, 
         ConfigError: the file cannot be read, or a key or value does not fit. All wrong keys are
             named at once.
     """
-    values = _read_yaml(file, kind) if file is not None else {}
-    values.update({name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = (_read_yaml(file, kind) if file is not None else {}) | given
     try:
         return kind(**values)
     except ValidationError as error:
@@ -42,10 +42,8 @@ def load_settings(kind: type[SettingsT], file: Path | None, flags: Mapping[str, 
             raise UsageError(
                 f"missing: {flags_needed} (as a flag or argument, or a key of the --config file)"
             ) from None
-        where = f"{file}: " if file is not None else ""
-        raise ConfigError(
-            where + "; ".join(_describe(item, kind) for item in error.errors())
-        ) from None
+        reasons = (_describe(item, kind, file, given) for item in error.errors())
+        raise ConfigError("; ".join(dict.fromkeys(reasons))) from None
 
 
 def _read_yaml(file: Path, kind: type[Settings]) -> dict[str, Any]:
@@ -69,15 +67,22 @@ def _read_yaml(file: Path, kind: type[Settings]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def _describe(item: Any, kind: type[Settings]) -> str:
+def _describe(
+    item: Any, kind: type[Settings], file: Path | None, flags: Mapping[str, Any]
+) -> str:
+    """One thing that is wrong, under the name that the user gave it: a flag, or a file's key."""
     name = ".".join(str(part) for part in item["loc"])
+    is_flag = bool(item["loc"]) and item["loc"][0] in flags
+    where = f"{file}: " if file is not None and not is_flag else ""
     if item["type"] == "extra_forbidden":
         known = ", ".join(sorted(kind.model_fields))
-        return f"{name!r} is not a setting; expected one of: {known}"
+        return f"{where}{name!r} is not a setting; expected one of: {known}"
     message = item["msg"].removeprefix("Value error, ")
     if not name:
-        return message
-    return f"{name}: {message[0].lower() + message[1:]}, got {item['input']!r}"
+        return where + message
+    if is_flag:
+        name = "--" + str(item["loc"][0]).replace("_", "-")
+    return f"{where}{name}: {message[0].lower() + message[1:]}, got {item['input']!r}"
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

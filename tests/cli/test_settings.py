@@ -74,6 +74,15 @@ def test_a_pattern_among_names_is_refused() -> None:
         load_settings(TrainSettings, None, given)
 
 
+def test_a_wrong_value_has_the_name_that_its_user_gave_it(tmp_path) -> None:
+    file = _yaml(tmp_path, "base: x\nport: high\n")
+    with pytest.raises(ConfigError) as caught:
+        load_settings(ServeSettings, file, {"max_sequences": "many", "quantization": "int3"})
+    named = [one.split(": ")[:2] for one in str(caught.value).split("; ")]
+    assert [str(file), "port"] in named
+    assert {name for name, _ in named} == {str(file), "--max-sequences", "--quantization"}
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(UsageError, match="missing: --base"):
         load_settings(ServeSettings, None, {})
