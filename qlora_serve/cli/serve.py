@@ -47,9 +47,14 @@ def serve(settings: ServeSettings) -> None:
 
         qlora-serve serve models/qwen --adapters-dir adapters --quantization nf4 --port 9000
     """
+    import gc
+
     from qlora_serve.serve.ahead import pages_ahead
 
     ahead = pages_ahead(settings)  # while the import takes its seconds
+    gc.disable()  # which makes half a million objects, and next to no garbage
     from qlora_serve.serve.run import serve as run
 
+    gc.freeze()
+    gc.enable()
     run(settings, ahead)

@@ -1,5 +1,6 @@
 """Starting a server: base, adapters, engine, HTTP."""
 
+import gc
 import ipaddress
 import logging
 import socket
@@ -62,6 +63,10 @@ def serve(settings: ServeSettings, ahead: PagesAhead | None = None) -> None:
     with listener:
         service = build_service(settings, ahead)
         app = create_app(service)
+        # All that is there now stays. Python's collector need not look at it again and again, for
+        # which every stream would stop.
+        gc.collect()
+        gc.freeze()
         _announce(service, listener)
         run_until_told(app, service, listener, settings.drain_timeout)
 
