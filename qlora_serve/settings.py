@@ -67,9 +67,7 @@ def _read_yaml(file: Path, kind: type[Settings]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def _describe(
-    item: Any, kind: type[Settings], file: Path | None, flags: Mapping[str, Any]
-) -> str:
+def _describe(item: Any, kind: type[Settings], file: Path | None, flags: Mapping[str, Any]) -> str:
     """One thing that is wrong, under the name that the user gave it: a flag, or a file's key."""
     name = ".".join(str(part) for part in item["loc"])
     is_flag = bool(item["loc"]) and item["loc"][0] in flags
