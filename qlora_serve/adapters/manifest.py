@@ -3,7 +3,7 @@
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,7 +47,9 @@ class Manifest(BaseModel):
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Losses, steps and speed."""
     probes: list[list[int]] = Field(default_factory=list)
-    """Token ids of a few held-out or training prompts, with which a merge is proven."""
+    """Token ids of a few prompts of the run's data, with which a merge is proven."""
+    probes_from: Literal["held-out rows", "training rows"] | None = None
+    """Which rows these prompts are of; None where nobody recorded it."""
     stop_token_ids: list[int] = Field(default_factory=list)
     """The tokens at which this adapter was trained to stop."""
     versions: dict[str, str] = Field(default_factory=dict)

@@ -318,10 +318,12 @@ def _manifest(files: list[AdapterFiles], source: BaseSource, recipe: dict[str, A
         )
     # Some prompts of each, so that merging the result is proven on what all of them learnt.
     share = max(1, _PROBES // max(1, len(recorded)))
+    origins = {manifest.probes_from for manifest in recorded if manifest.probes}
     return Manifest(
         base=base,
         recipe=recipe,
         probes=[ids for manifest in recorded for ids in manifest.probes[:share]][:_PROBES],
+        probes_from=origins.pop() if len(origins) == 1 else None,
         stop_token_ids=sorted({i for manifest in recorded for i in manifest.stop_token_ids}),
         versions=package_versions(),
     )

@@ -83,7 +83,9 @@ def choose_probes(adapter: AdapterFiles, tokenizer: Any, vocabulary: int) -> Pro
             f"adapter {adapter.path} records a probe prompt with token {outside[0]}, and the base "
             f"has {vocabulary} tokens; its qlora_serve.json belongs to another base"
         )
-    return Probes([ids[-_MAX_PROMPT_TOKENS:] for ids in recorded], "the adapter's own data")
+    rows = adapter.manifest.probes_from if adapter.manifest is not None else None
+    origin = f"{rows} of the adapter's own data" if rows else "the adapter's own data"
+    return Probes([ids[-_MAX_PROMPT_TOKENS:] for ids in recorded], origin)
 
 
 def shipped_probes(tokenizer: Any) -> Probes:

@@ -143,5 +143,5 @@ def _check_samples(settings: TrainSettings, data: RunData) -> None:
 def sample_rows(settings: TrainSettings, data: RunData) -> list[ChatRow]:
     """The rows whose last questions are answered before, during and after training: held-out ones
     where there are any."""
-    rows = (data.evaluation or data.train).rows
+    rows = data.untrained_first().rows
     return [row for row in rows if row.text is None][: settings.sample_rows]

@@ -33,6 +33,10 @@ class RunData:
     train: ChatData
     evaluation: ChatData | None
 
+    def untrained_first(self) -> ChatData:
+        """The held-out rows where there are any, else the training rows."""
+        return self.train if self.evaluation is None else self.evaluation
+
     def describe(self) -> list[str]:
         """What was read, a line for each source."""
         lines = []

@@ -60,6 +60,7 @@ def make_manifest(
         data=manifest_data(data, counts),
         metrics=_metrics(log) | extra,
         probes=probes,
+        probes_from="training rows" if data.evaluation is None else "held-out rows",
         stop_token_ids=sorted(base.stop_token_ids),
         versions=package_versions(),
     )

@@ -277,7 +277,7 @@ _START_BATCHES = 32
 def _probes(data: RunData, base: "LoadedBase") -> list[list[int]]:
     from qlora_serve.train.dataset import probe_ids
 
-    chats = _spread(data.train.rows)
+    chats = _spread(data.untrained_first().rows)
     return [probe_ids(base.tokenizer, chat)[:_PROBE_TOKENS] for chat in chats]
 
 

@@ -15,6 +15,7 @@ from qlora_serve.base.identity import fingerprint
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import OutputError
 from qlora_serve.merge.config import MergeSettings
+from qlora_serve.merge.report import report_table
 from qlora_serve.merge.run import merge_adapter
 from tests.tiny_models import write_random_adapter
 
@@ -32,7 +33,10 @@ def adapter(tiny, tmp_path):
         unquantized=str(base),
     )
     probes = [[1, 40, 41, 42, 43], [1, 300, 301]]
-    write_manifest(folder, Manifest(base=recorded, probes=probes, stop_token_ids=[1]))
+    write_manifest(
+        folder,
+        Manifest(base=recorded, probes=probes, probes_from="held-out rows", stop_token_ids=[1]),
+    )
     return folder
 
 
@@ -76,6 +80,8 @@ def test_report_holds_the_proof_and_the_cost(adapter, tmp_path):
     written = json.loads((output / "merge_report.json").read_text())
     assert written == json.loads(report.model_dump_json())
     assert written["probes"] == 2
+    assert written["probes_origin"] == "held-out rows of the adapter's own data"
+    assert report_table(report).title == f"proof on 2 prompts ({written['probes_origin']})"
     assert written["base_match"] == "same"
     assert len(written["changed_modules"]) == 3 * 7
     assert min(written["changed_modules"].values()) > 0.01

@@ -14,7 +14,9 @@ from qlora_serve.base.load import load_base
 from qlora_serve.errors import ConfigError, QloraServeError, TrainError
 from qlora_serve.train import trainer as trainer_module
 from qlora_serve.train.config import TrainSettings
+from qlora_serve.train.dataset import probe_ids
 from qlora_serve.train.log import read_log
+from qlora_serve.train.prepare import read_run_data
 from qlora_serve.train.run import TrainResult, train
 from tests.tiny_models import write_tiny_model
 from tests.train.chats import SOME_CHATS, write_chats
@@ -210,6 +212,13 @@ def test_samples_and_log(base: Path, data: Path, tmp_path: Path) -> None:
     # Looking changes nothing.
     unseen, _ = _train(base, data, tmp_path / "unseen", max_steps=4, eval_split=0.25)
     assert read_log(unseen.path).losses == log.losses
+    # A merge is to be proven on what was not trained on.
+    chosen = _settings(base, data, tmp_path / "read", eval_split=0.25)
+    held_out = read_run_data(chosen, chosen.seed).evaluation
+    assert held_out is not None
+    tokenizer = load_base(str(base), device="cpu").tokenizer
+    assert result.manifest.probes == [probe_ids(tokenizer, row) for row in held_out.rows]
+    assert result.manifest.probes_from == "held-out rows"
 
 
 def test_tokens_that_the_base_never_learnt_are_proposed(

@@ -79,6 +79,7 @@ def test_a_run_publishes_what_it_trained(
     assert manifest.recipe["rank"] == 4
     assert manifest.stop_token_ids == [2]
     assert len(manifest.probes) == 8
+    assert manifest.probes_from == "training rows"
     config = json.loads((result.path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base)
     assert any("count in the loss" in line for line in lines)
