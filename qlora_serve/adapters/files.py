@@ -11,6 +11,7 @@ from qlora_serve.adapters.manifest import Manifest, read_manifest
 from qlora_serve.adapters.shortage import is_shortage
 from qlora_serve.base.identity import read_header
 from qlora_serve.errors import AdapterError
+from qlora_serve.wording import counted
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -172,6 +173,7 @@ def _check_index(path: Path, names: Set[str]) -> None:
             raise AdapterError(f"{file} cannot be read: {error!r}") from None
         if different := sorted(listed ^ names):
             raise AdapterError(
-                f"{file} and the shards beside it disagree on {len(different)} tensors, first "
-                f"{different[0]}; they are of different adapters"
+                f"{file} and the shards beside it disagree on "
+                f"{counted(len(different), 'tensor', 'tensors')}, first {different[0]}; they are "
+                "of different adapters"
             )

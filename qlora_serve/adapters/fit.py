@@ -21,6 +21,7 @@ from qlora_serve.base.gptq import no_gptq_layers
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.base.source import BaseSource
 from qlora_serve.errors import AdapterError
+from qlora_serve.wording import counted
 
 _PREFIX = "base_model.model."
 _LISTED = 3
@@ -123,12 +124,13 @@ class FitChecker:
         )
         problems = []
         if missing:
-            problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+            problems.append(f"{_tensors(missing, 'is', 'are')} missing ({_some(missing)})")
         if extra:
-            problems.append(f"{len(extra)} tensors match nothing in this base ({_some(extra)})")
+            which = _tensors(extra, "matches", "match")
+            problems.append(f"{which} nothing in this base ({_some(extra)})")
         if wrong:
             shapes = (f"{n} is {_x(found[n])}, expected {_x(expected.shapes[n])}" for n in wrong)
-            problems.append(f"{len(wrong)} tensors have another shape ({_some(shapes)})")
+            problems.append(f"{_tensors(wrong, 'has', 'have')} another shape ({_some(shapes)})")
         tokens = _other_vocabulary(found, [*extra, *wrong])
         if tokens is not None:
             problems.insert(0, f"its vocabulary has {tokens} tokens, the base's another number")
@@ -243,6 +245,10 @@ def _other_vocabulary(found: dict[str, tuple[int, ...]], names: list[str]) -> in
         if is_embedding or name.endswith(".base_layer.weight"):
             return found[name][0]
     return None
+
+
+def _tensors(names: list[str], one: str, many: str) -> str:
+    return counted(len(names), f"tensor {one}", f"tensors {many}")
 
 
 def _some(items: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from qlora_serve.adapters.identity import content_identity
 from qlora_serve.adapters.peft_config import parse_config, unsupported_settings
 from qlora_serve.adapters.vocabulary import take_bias, take_whole
 from qlora_serve.errors import AdapterError
+from qlora_serve.wording import counted
 
 _PREFIX = "base_model.model."
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -168,8 +169,9 @@ def check_finite(adapter: AdapterFiles, tensors: Mapping[str, Any]) -> None:
     bad = sorted(name for name in suspects if not bool(tensors[name].isfinite().all()))
     if bad:
         raise AdapterError(
-            f"adapter {adapter.path} holds NaN or infinite values in {len(bad)} tensors "
-            f"({', '.join(bad[:3])}); its training diverged"
+            f"adapter {adapter.path} holds NaN or infinite values in "
+            f"{counted(len(bad), 'tensor', 'tensors')} ({', '.join(bad[:3])}); its training "
+            "diverged"
         )
 
 

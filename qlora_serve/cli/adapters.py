@@ -10,6 +10,7 @@ import typer
 
 from qlora_serve.cli import adapter_tables as tables
 from qlora_serve.cli.output import libraries_on_stderr
+from qlora_serve.wording import counted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -164,7 +165,9 @@ def add(
     ] = _MAX_UNPACKED,
     as_json: _Json = False,
 ) -> None:
-    """Take a copy of an adapter into the store; a running server sees it at once.
+    """Take a copy of an adapter into the store.
+
+    A running server sees it at its next look, within `serve --adapters-poll` seconds.
 
     Examples:
 
@@ -201,7 +204,9 @@ def add(
 def remove(
     name: _Name, adapters_dir: _Store = _FOLDER, force: _Force = False, as_json: _Json = False
 ) -> None:
-    """Remove an adapter from the store; a running server lets go of it.
+    """Remove an adapter from the store.
+
+    A running server lets go of it at its next look, within `serve --adapters-poll` seconds.
 
     Examples:
 
@@ -226,6 +231,8 @@ def rename(
     as_json: _Json = False,
 ) -> None:
     """Give an adapter another name, in one step.
+
+    A running server sees it at its next look, within `serve --adapters-poll` seconds.
 
     Examples:
 
@@ -264,8 +271,12 @@ def clean(
     count = AdapterStore(adapters_dir).clean(0 if now else None)
     if as_json:
         _print_json({"removed_objects": count})
+    elif count:
+        what = counted(count, "adapter that has", "adapters that have")
+        typer.echo(f"deleted the content of {what} no name in {adapters_dir}")
     else:
-        typer.echo(f"deleted the content of {count} adapters that have no name in {adapters_dir}")
+        waits = "" if now else "; what lost its name within ten minutes waits (see --now)"
+        typer.echo(f"nothing to delete in {adapters_dir}{waits}")
 
 
 @app.command()

@@ -4,6 +4,8 @@ from typing import Any
 
 import typer
 
+from qlora_serve.wording import counted
+
 
 def show(report: Any, as_json: bool) -> None:
     """Prints the report: as JSON, or the error of each module and of all together."""
@@ -14,7 +16,7 @@ def show(report: Any, as_json: bool) -> None:
         _print_errors(report)
     ranks = sorted(set(report.ranks.values()))
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-    typer.echo(f"{report.output}: {len(report.ranks)} modules, rank {shown}")
+    typer.echo(f"{report.output}: {counted(len(report.ranks), 'module', 'modules')}, rank {shown}")
     if report.errors:
         typer.echo(
             f"error of the whole update {report.error:.3g}, kept energy {report.kept_energy:.2%}"

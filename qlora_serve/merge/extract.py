@@ -24,6 +24,7 @@ from qlora_serve.merge.new_adapter import NewAdapter, write_adapter
 from qlora_serve.merge.proof import Answers, Comparison, ask, choose_probes, compare
 from qlora_serve.merge.tensor_files import TORCH_DTYPES, StoredTensor, stored_tensors
 from qlora_serve.progress import progress
+from qlora_serve.wording import counted
 
 _PREFIX = "base_model.model."
 
@@ -57,8 +58,9 @@ def extract_adapter(settings: ExtractSettings) -> ExtractReport:
     linear, others = _split_linear(changed, base)
     if others and not settings.save_others:
         raise MergeError(
-            f"{settings.model} also differs from {settings.base} in {len(others)} tensors that no "
-            f"low-rank update can hold ({', '.join(sorted(others)[:3])}); pass --save-others to "
+            f"{settings.model} also differs from {settings.base} in "
+            f"{counted(len(others), 'tensor', 'tensors')} that no low-rank update can hold "
+            f"({', '.join(sorted(others)[:3])}); pass --save-others to "
             "store them whole in the adapter"
         )
     cuts: dict[str, Truncated] = {}

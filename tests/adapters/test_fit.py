@@ -34,8 +34,8 @@ def spoil_with(value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: {n: x for n, x in t.items() if n != A}, f"1 tensors are missing .*{A}"),
-        (lambda t: t | {"extra.weight": t[A].clone()}, "1 tensors match nothing .*extra.weight"),
+        (lambda t: {n: x for n, x in t.items() if n != A}, f"1 tensor is missing .*{A}"),
+        (lambda t: t | {"extra.weight": t[A].clone()}, "1 tensor matches nothing .*extra.weight"),
         (lambda t: t | {A: t[A][:, :32].contiguous()}, "4×32, expected 4×64"),
         (lambda t: t | {A: t[A][:2].contiguous()}, "2×64, expected 4×64"),
         (lambda t: {f"wrong.{n}": x for n, x in t.items()}, "missing .* match nothing"),

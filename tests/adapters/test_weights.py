@@ -54,6 +54,9 @@ def test_missing_bias_is_missing(phi, tmp_path, edit_tensors):
     edit_tensors(folder, lambda t: {n: x for n, x in t.items() if "layers.1" not in n or "A" in n})
     with pytest.raises(AdapterError, match=r"2 tensors are missing .*layers.1.*base_layer.bias"):
         load(phi, folder)
+    edit_tensors(folder, lambda t: t | {"base_model.model.x": torch.zeros(1)})
+    with pytest.raises(AdapterError, match=r"1 tensor matches nothing in this base \("):
+        load(phi, folder)
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,9 @@ def test_store_through_its_commands(folder, base, tmp_path, capsys, monkeypatch)
     assert code == 1
     assert "known here: one" in error
     # The plain adapter that "one" was before its replacement is the very same as "three" was.
-    assert json.loads(run("clean", *at, "--now", "--json")) == {"removed_objects": 1}
-    assert "deleted the content of 0" in run("clean", *at)
+    assert "nothing to delete" in run("clean", *at)
+    assert "deleted the content of 1 adapter that has no name" in run("clean", *at, "--now")
+    assert json.loads(run("clean", *at, "--now", "--json")) == {"removed_objects": 0}
 
 
 def test_errors_of_a_stores_adapter_say_its_name(folder, base, tmp_path, capsys, monkeypatch):
