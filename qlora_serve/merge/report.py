@@ -97,6 +97,10 @@ def report_table(report: MergeReport) -> Any:
         table.add_section()
         label = f"{Path(report.quantized).name}, against the merged model"
         table.add_row(label, *_cells(report.quantized_against_merged))
+    if report.gguf:
+        table.add_section()
+        for file, comparison in report.gguf.items():
+            table.add_row(f"{file}, against the merged model", *_cells(comparison))
     table.caption = (
         f"tolerance {report.tolerance:g}; differences in standard deviations of the logits"
     )

@@ -86,6 +86,8 @@ def test_report_holds_the_proof_and_the_cost(adapter, tmp_path):
     assert len(written["changed_modules"]) == 3 * 7
     assert min(written["changed_modules"].values()) > 0.01
     rounding, effect = report.merged_against_adapter, report.base_against_adapter
+    table = report_table(report.model_copy(update={"gguf": {"model-q8_0.gguf": rounding}}))
+    assert list(table.columns[0].cells)[-1] == "model-q8_0.gguf, against the merged model"
     assert rounding.relative_difference < 0.05 < effect.relative_difference
     cost = report.merged_against_quantized
     assert cost is not None
