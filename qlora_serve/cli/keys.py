@@ -95,7 +95,10 @@ def list_keys(keys: _File = _FILE, as_json: _Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("id", "name", "state", "scopes", "adapters", "base", "limits", box=None)
+    table = Table(box=None)
+    table.add_column("id", no_wrap=True)  # whole, for `revoke` and for finding it in logs
+    for heading in ("name", "state", "scopes", "adapters", "base", "limits"):
+        table.add_column(heading, overflow="fold")
     for record in records:
         table.add_row(
             record.id,

@@ -14,6 +14,7 @@ from tiny_models import write_random_adapter, write_tiny_model
 import qlora_serve
 from qlora_serve.serve.api.app import create_app
 from qlora_serve.serve.config import ServeSettings
+from qlora_serve.serve.feedback.store import Answered
 from qlora_serve.serve.keys import add_key
 from qlora_serve.serve.run import build_service
 
@@ -103,6 +104,13 @@ def app(tmp_path_factory) -> Iterator[tuple[Any, Work, str]]:
         keys=folder / "keys.json",
     )  # fmt: skip
     service = build_service(settings)
+    # An experiment that has ended, whose answers are kept.
+    answered = Answered(
+        id="chatcmpl-1", choice=0, kind="experiment", source=HIDDEN, variant=HIDDEN,
+        models=(HIDDEN,), identity="", key="", user=None, prompt={}, answer={},
+        finish_reason="stop", tokens=1, seconds=1.0,
+    )  # fmt: skip
+    service.feedback.record([answered])
     work = Work()
     service.adapters._by_name = Watched(service.adapters._by_name, work.noted)
     service.feedback.experiments = Watched(service.feedback.experiments, work.noted)

@@ -246,6 +246,12 @@ def test_a_key_is_asked_for_and_opens_what_it_may(chromium, guarded) -> None:
     expect(page.locator("#load")).to_be_visible()
     cells = page.locator("#experimentlist tbody tr").nth(1).locator("td")
     expect(cells).to_have_text(["tickets", "75 %", "0", "0", "–", "–"])
+    page.set_viewport_size({"width": 360, "height": 740})
+    expect(cells.nth(5)).to_be_visible()
+    tables = page.locator(".scroll:visible")
+    assert tables.count() == 3
+    for fits in tables.evaluate_all("all => all.map(one => one.scrollWidth <= one.clientWidth)"):
+        assert fits, "no column is cut"
     context.close()
 
 

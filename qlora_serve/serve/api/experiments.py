@@ -59,6 +59,8 @@ async def show_experiment(name: str, request: Request) -> ExperimentAnswer:
     running = service.experiment(name)
     shares = dict(running.shares) if running is not None else {}
     if running is None:
+        if not current_caller().allows(name):  # before anything is looked up, as for adapters
+            raise _unknown(name)
         known = dict(await service.feedback.run(lambda store: store.sources()))
         hidden = name in service.feedback.experiments or name not in known
         if hidden or not service.sees_experiment(name, known[name]):

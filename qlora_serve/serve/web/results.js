@@ -16,7 +16,11 @@ function table(columns, rows) {
   const body = made.createTBody();
   for (const one of rows) {
     const row = body.insertRow();
-    for (const [, text, isNumber] of columns) row.append(make("td", isNumber ? "number" : "", text(one)));
+    for (const [name, text, isNumber] of columns) {
+      const cell = make("td", isNumber ? "number" : "", text(one));
+      cell.dataset.name = name;
+      row.append(cell);
+    }
   }
   const scroll = make("div", "scroll");
   scroll.append(made);
