@@ -45,6 +45,11 @@ def _show(report: Any) -> None:
             soft_wrap=True,
         )
     console.print(report_table(report))
+    if report.fault is not None:
+        console.print(
+            f"[yellow]warning:[/] published by --force without passing its proof: {report.fault}",
+            soft_wrap=True,
+        )
 
 
 app.command()(flags_from(MergeSettings, positional=("adapter",))(merge))

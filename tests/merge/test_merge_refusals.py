@@ -15,6 +15,7 @@ from qlora_serve.adapters.manifest import Manifest, ManifestBase, write_manifest
 from qlora_serve.base.identity import fingerprint
 from qlora_serve.base.prepare import prepare_base
 from qlora_serve.base.source import locate_base
+from qlora_serve.cli.merge import merge as merge_command
 from qlora_serve.errors import AdapterError, ConfigError, MergeError, OutputError, QloraServeError
 from qlora_serve.merge.config import MergeSettings
 from qlora_serve.merge.export import cast_weights
@@ -210,13 +211,14 @@ def test_no_fault_within_the_tolerance():
     assert find_fault(merged, base, tolerance=0.1, dtype="float16") is None
 
 
-def test_force_publishes_and_says_so(adapter, tmp_path):
+def test_force_publishes_and_says_so(adapter, tmp_path, capfd):
     settings = MergeSettings(
         adapter=adapter, output=tmp_path / "out", dtype="bfloat16", tolerance=1e-6, force=True
     )
-    report = merge_adapter(settings)
-    assert report.fault is not None
+    merge_command(settings)
     written = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    said = capfd.readouterr().err
+    assert f"published by --force without passing its proof: {written['fault']}" in said
     assert "more than the tolerance" in written["fault"]
 
 
