@@ -43,9 +43,10 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that can be continued."""
-    return next((path for path in reversed(find_checkpoints(folder)) if _is_whole(path)), None)
+def newest_whole(folder: Path, before: int | None = None) -> Path | None:
+    """The newest checkpoint that can be continued, of those from before a step."""
+    found = [p for p in find_checkpoints(folder) if before is None or step_of(p) < before]
+    return next((path for path in reversed(found) if _is_whole(path)), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

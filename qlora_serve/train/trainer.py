@@ -37,6 +37,11 @@ from qlora_serve.train.samples import Sampler
 from qlora_serve.train.schedule import rate_factor, warmup_steps
 from qlora_serve.train.watcher import Watcher
 
+_BASE_DIVERGES = (
+    "nothing is learnt yet, so that the base itself gives it: its weights are damaged, or products "
+    "overflow (choose --dtype bfloat16 or float32)"
+)
+
 WriteExtra = Callable[[Path], None]
 
 
@@ -216,16 +221,20 @@ class OurTrainer(Trainer):
         tokens = num_items_in_batch.clamp(min=1)
         loss = loss * self.accelerator.num_processes / tokens
         if not bool(torch.isfinite(loss)):
-            self.diverged(f"the loss is {loss.item()}")
+            # The weights after the last step gave it, so that a checkpoint of them is no good one.
+            done = self.state.global_step
+            self.diverged(f"the loss is {loss.item()}", None if done else _BASE_DIVERGES, done)
         return loss
 
-    def diverged(self, reason: str, advice: str | None = None) -> None:
-        """Ends the run, and says what is left of it.
+    def diverged(
+        self, reason: str, advice: str | None = None, good_before: int | None = None
+    ) -> None:
+        """Ends the run, and says what is left of it: checkpoints from before a step, if given.
 
         Raises:
             TrainError: always.
         """
-        last = newest_whole(self.settings.checkpoints)
+        last = newest_whole(self.settings.checkpoints, good_before)
         left = f"; the last good checkpoint is {last}" if last else ""
         advice = advice or "lower --learning-rate, or choose --dtype bfloat16 or float32"
         step = self.state.global_step + 1

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_serve.adapters.files import read_adapter
@@ -228,6 +228,23 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
             train(settings, lambda _: None)
     assert not list(settings.checkpoints.glob(".*"))
     assert _train(settings.model_copy(update={"resume": True})) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_checkpoint_whose_weights_give_no_loss_is_not_called_good(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = _settings(base, data, tmp_path / "out")
+    _stop_after(settings, 3, monkeypatch)
+    spoilt = settings.checkpoints / "checkpoint-3" / "adapter_model.safetensors"
+    save_file({name: tensor / 0 for name, tensor in load_file(spoilt).items()}, spoilt)
+    with pytest.raises(TrainError, match=r"the loss is nan at step 4 .*good.*checkpoint-2$"):
+        train(settings.model_copy(update={"resume": True}), lambda _: None)
+
+    diverging = _settings(base, data, tmp_path / "new", learning_rate=1e30, max_grad_norm=1e30)
+    with pytest.raises(TrainError, match="the loss is nan at step 2 ") as caught:
+        train(diverging, lambda _: None)
+    assert (diverging.checkpoints / "checkpoint-1").is_dir()
+    assert "checkpoint" not in str(caught.value)
 
 
 def test_sigterm_says_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole training runs on tiny models."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_serve.adapters.files import read_adapter
@@ -213,6 +214,19 @@ def test_what_cannot_be_done_leaves_nothing(
         train(TrainSettings(**(given | settings)), lambda _: None)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_is_damaged_is_blamed_for_its_loss(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.norm.weight"][0] = math.inf
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainError, match=r"step 1 .*the base itself gives it") as caught:
+        _train(damaged, data, tmp_path / "out")
+    assert "--learning-rate" not in str(caught.value)
 
 
 def test_output_that_holds_something_is_left_alone(base: Path, data: Path, tmp_path: Path) -> None:
