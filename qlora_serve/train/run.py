@@ -112,6 +112,9 @@ def _train(settings: TrainSettings, inputs: RunInputs, report: Report) -> TrainR
 
     device = own_device(settings)
     torch_device, dtype = resolve(device, settings.dtype)
+    if torch_device.type == "cpu":
+        # transformers imports DeepSpeed where it is installed, which warns when it has to guess.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_hardware(settings, torch_device, dtype)
     vocabulary = _split_vocabulary(settings, inputs.source)
     # Joins the processes, and tells transformers that ZeRO-3 will split the weights: both have to
