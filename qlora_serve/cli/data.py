@@ -120,9 +120,11 @@ def _print(checked: "CheckedData", show: int) -> None:
         console.print(f"{source.name}: {kind}, {source.rows} rows", markup=False)
     counts = report.counts
     share = 100 * counts.trained_tokens / max(counts.tokens, 1)
+    whole = any(source.format == "text" for source in report.sources)
     console.print(
         f"{counts.rows} rows to train on, {counts.tokens:,} tokens, of which "
-        f"{counts.trained_tokens:,} ({share:.0f} %) count in the loss (train_on {report.train_on})"
+        f"{counts.trained_tokens:,} ({share:.0f} %) count in the loss (train_on {report.train_on}"
+        + ("; of text rows every token)" if whole else ")")
     )
     if counts.split_chats:
         console.print(
@@ -174,9 +176,8 @@ def _print_lengths(report: "DataReport", console: "Console") -> None:
     for bucket in report.lengths:
         style = "yellow" if bucket.first > report.max_length else "blue"
         bar = "█" * -(-_BAR * bucket.rows // most)
-        console.print(
-            f"  {bucket.first:>{width}} – {bucket.last:<{width}} [{style}]{bar}[/] {bucket.rows}"
-        )
+        until = f"– {bucket.last:<{width}}" if bucket.last > bucket.first else " " * (width + 2)
+        console.print(f"  {bucket.first:>{width}} {until} [{style}]{bar}[/] {bucket.rows}")
     console.print()
 
 

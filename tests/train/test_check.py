@@ -1,6 +1,7 @@
 """`data check`: everything that is wrong with some data, and what the model will see of it."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,12 @@ def test_the_command_shows_rows_and_exits_by_what_it_found(base: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert "⟦Grüße 🙂 [bold]<|im_end|>⟧" in done.stdout
     assert "nothing to complain of" in done.stdout
+    assert re.search(r"\n  \d+ +█+ 1\n", done.stdout)  # lengths: a bar of one length
+    assert "train_on assistant)" in done.stdout
+
+    templated = tmp_path / "templated.jsonl"
+    templated.write_text(json.dumps({"text": "hello<|im_end|>"}))
+    assert "train_on assistant; of text rows every token)" in _run(templated, "--base", base).stdout
 
     with data.open("a") as file:
         file.write("{\n[]\n")
