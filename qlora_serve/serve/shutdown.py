@@ -72,6 +72,12 @@ class _Server(uvicorn.Server):
             return True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the app also where uvicorn, told to hurry, would cancel it and log a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + self._drain_timeout

@@ -93,6 +93,8 @@ def test_a_second_sigterm_ends_now(base) -> None:
         _until_not_ready(url)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_broken_engine_ends_the_server_with_the_reason(base) -> None:
