@@ -1,5 +1,6 @@
 """`POST /v1/compare`: each variant's answer is the one it gives alone, and divergence is PEFT's."""
 
+import gc
 import json
 import math
 import threading
@@ -191,12 +192,15 @@ def test_wrong_bodies_are_refused_before_anything_runs(api_url, body, status, me
         assert message in response.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_ends_answers_and_scoring(api_paths) -> None:
+def test_a_client_that_leaves_ends_answers_and_scoring(api_paths, request) -> None:
     """Whether it leaves while the answers come or while they are scored, nothing stays behind."""
     settings = ServeSettings(base=str(api_paths["base"]), adapters_dir=api_paths["adapters"])
     service = build_service(settings)
     ended = threading.Event()
     live: list[int] = []
+    gc.collect()
+    gc.disable()  # nothing may wait for the collector, which comes by rarely
+    request.addfinalizer(gc.enable)
     with serving(service) as url:
         real_leave = Passage.leave
 
@@ -225,6 +229,7 @@ def test_a_client_that_leaves_ends_answers_and_scoring(api_paths) -> None:
         assert len(done["answers"]) == 2
     assert service.engine.scheduler.sequences() == []
     assert service.engine.scheduler.blocks.used == 0
+    assert [len(slot.selections) for slot in service.adapters.residency.slots()] == [0, 0]
 
 
 def test_an_adapter_with_more_tokens_than_the_base_says_why_it_has_no_divergence(tmp_path) -> None:

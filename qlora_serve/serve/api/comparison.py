@@ -166,6 +166,9 @@ class Comparison:
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
+                # A cancelled task knows its frames, and they know the comparison: in a circle the
+                # adapters would count as in use until the collector comes by.
+                self._tasks.clear()
 
     async def _events(
         self, answers: AsyncIterator[list[tuple[int, Event]]], began: float
