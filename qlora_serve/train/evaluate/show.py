@@ -25,7 +25,10 @@ def table(found: Evaluation, width: int) -> Any:
 
     console = Console(width=10_000)
     wide = _table(found, narrow=False)
-    needed = Measurement.get(console, console.options, wide).minimum
+    # rich's minimum is that of single words, though figures are not wrapped; only names are.
+    longest = max(len(name) for name in found.systems)
+    folded = longest - min(longest, _NAME_WIDTH)
+    needed = Measurement.get(console, console.options, wide).maximum - folded
     # Else the numbers would leave no place for the names of what they are about.
     return wide if needed <= width else _table(found, narrow=True)
 
