@@ -113,6 +113,8 @@ def test_the_page_loads_nothing_and_says_all(trained: TrainSettings) -> None:
     assert page.addresses == []
     assert not re.search(r"url\(|@import|<script|http://|https://", text)
     assert page.open == []
+    assert "held-out rows" in page.text
+    assert '"sources"' not in page.text  # no JSON among what people read
     assert text.count("<svg") == 3
     for said in (
         "mine", "before & this", "after this", "<script>alert(1)</script>", "3.00 GiB", "planned",

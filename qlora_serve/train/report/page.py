@@ -287,6 +287,9 @@ def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
         if key == "sources":
             rows += [(f"source {n}", _source(source)) for n, source in enumerate(value, 1)]
             continue
+        if key == "evaluation" and value:
+            rows += [(f"held-out {name}", text) for name, text in _rows(value)]
+            continue
         if isinstance(value, dict | list):
             value = json.dumps(value, ensure_ascii=False)
         text = f"{value:,}" if isinstance(value, int) else str(value)
