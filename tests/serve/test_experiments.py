@@ -38,6 +38,7 @@ class Server:
         for name, fields in {
             "admin": {"scopes": ("infer", "admin")}, "all": {}, "only-alpha": {"adapters": ("a*",)},
             "other": {}, "no-base": {"base": False},
+            "some-admin": {"scopes": ("infer", "admin"), "adapters": ("tone", "alpha")},
         }.items():  # fmt: skip
             self.keys[name], _ = add_key(folder / "keys.json", name=name, **fields)
         self.settings = ServeSettings(
@@ -218,6 +219,18 @@ def test_refusals_name_the_field(server, path, sent, param) -> None:
         answer = http.post(path, json=sent)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def test_nobody_replaces_an_experiment_that_is_hidden_from_them(server) -> None:
+    taken = {"name": "tone", "variants": {"base": 0.5, "alpha": 0.5}}
+    with server.http("some-admin") as http:
+        assert http.get("/v1/experiments/tone").status_code == 404  # for beta, which it may not use
+        refused = http.post("/v1/experiments", json=taken)
+        assert refused.status_code == 403
+        assert "may not use the name" in refused.json()["error"]["message"]
+    with server.http("all") as http:
+        found = http.get("/v1/experiments").json()["data"]
+    assert next(one["variants"] for one in found if one["id"] == "tone").keys() == {"base", "beta"}
 
 
 def test_admins_begin_and_end_experiments(server, caplog) -> None:

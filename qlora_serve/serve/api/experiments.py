@@ -116,7 +116,9 @@ def _checked(service: Service, body: BeginBody) -> Experiment:
         raise RequestError(
             "this server keeps no experiments; start it with --feedback FILE", param="name"
         )
-    if not current_caller().allows(body.name):
+    # One that runs and is hidden from the caller, for its variants, is not the caller's to replace.
+    is_hidden = body.name in service.feedback.experiments and service.experiment(body.name) is None
+    if is_hidden or not current_caller().allows(body.name):
         raise ForbiddenError(f"this key may not use the name {body.name!r}")
     taken = {entry.name for entry in service.adapters.entries()} | service.reserved_names
     if body.name in taken:
