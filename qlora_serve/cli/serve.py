@@ -52,7 +52,7 @@ def serve(settings: ServeSettings) -> None:
     from qlora_serve.serve.ahead import pages_ahead
 
     ahead = pages_ahead(settings)  # while the import takes its seconds
-    gc.disable()  # which makes half a million objects, and next to no garbage
+    gc.disable()  # which makes 650,000 objects, and next to no garbage
     from qlora_serve.serve.run import serve as run
 
     gc.freeze()

@@ -63,8 +63,8 @@ def serve(settings: ServeSettings, ahead: PagesAhead | None = None) -> None:
     with listener:
         service = build_service(settings, ahead)
         app = create_app(service)
-        # All that is there now stays. Python's collector need not look at it again and again, for
-        # which every stream would stop.
+        # All that is there now stays, and Python's collector need not look at it: a look at
+        # everything stops all threads for a third of a second (docs/performance.md).
         gc.collect()
         gc.freeze()
         _announce(service, listener)

@@ -129,7 +129,7 @@ def is_stored_plainly(pair: LoraPair) -> bool:
 def laid_out(plain: Mapping[int, LoraPair], kernels: Kernels) -> dict[int, ResidentPair]:
     """What `packed` gives for updates that are `is_stored_plainly`, by one call.
 
-    The few hundred of torch's would each wait for Python's lock beside the thread that decodes.
+    It needs Python's lock once, where a few hundred of torch's operators would each need it.
     """
     updates = np.zeros(len(plain), _UPDATE)
     updates["in"] = [pair.a.shape[1] for pair in plain.values()]
