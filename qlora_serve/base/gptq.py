@@ -7,6 +7,7 @@ what would not be read exactly, and makes the loaded layers compute what the fil
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -132,6 +133,9 @@ def before_peft() -> None:
         import_gptqmodel()
 
 
+_ASKING = threading.Lock()
+
+
 @contextmanager
 def no_gptq_layers() -> Iterator[None]:
     """Keeps PEFT from importing gptqmodel while it wraps a model that has none of its layers.
@@ -140,15 +144,16 @@ def no_gptq_layers() -> Iterator[None]:
     server without a GPTQ base does not need (docs/performance.md).
     """
     name = "is_gptqmodel_available"
-    asking = [one for key, one in list(sys.modules.items()) if key.startswith("peft.")]
-    held = [(one, vars(one)[name]) for one in asking if name in vars(one)]
-    for module, _ in held:
-        setattr(module, name, lambda: False)
-    try:
-        yield
-    finally:
-        for module, original in held:
-            setattr(module, name, original)
+    with _ASKING:  # two threads at once would take each other's answer for PEFT's own
+        asking = [one for key, one in list(sys.modules.items()) if key.startswith("peft.")]
+        held = [(one, vars(one)[name]) for one in asking if name in vars(one)]
+        for module, _ in held:
+            setattr(module, name, lambda: False)
+        try:
+            yield
+        finally:
+            for module, original in held:
+                setattr(module, name, original)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """Right or refused: tensors against a base, with PEFT as the oracle."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import peft.import_utils
 import pytest
 import torch
 from peft import PeftModel
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from qlora_serve.adapters.files import read_adapter
 from qlora_serve.adapters.fit import FitChecker
 from qlora_serve.adapters.weights import load_weights
+from qlora_serve.base.gptq import no_gptq_layers
 from qlora_serve.base.source import locate_base
 from qlora_serve.errors import AdapterError
 from tests.tiny_models import write_random_adapter, write_tiny_model
@@ -129,3 +133,29 @@ def test_fit_accepts_what_peft_saves(base, tmp_path, fit):
         expected = fit.check(read_adapter(folder))
         scale = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] / 4
         assert {module.scaling for module in expected.modules.values()} == {scale}
+
+
+def test_threads_that_check_adapters_at_once_leave_peft_as_it_was():
+    before = peft.import_utils.is_gptqmodel_available
+    inside, leave, entered, ended = (threading.Event() for _ in range(4))
+
+    def first() -> None:
+        with no_gptq_layers():
+            inside.set()
+            assert leave.wait(60)
+
+    def second() -> None:
+        with no_gptq_layers():
+            entered.set()
+            assert ended.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        assert inside.wait(60)
+        other = pool.submit(second)
+        entered.wait(0.3)  # which comes only where the second does not wait for the first
+        leave.set()
+        one.result()
+        ended.set()
+        other.result()
+    assert peft.import_utils.is_gptqmodel_available is before
