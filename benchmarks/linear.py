@@ -1,4 +1,4 @@
-"""All linear layers of SmolLM2-135M once, by different kernels, in turns: milliseconds by rows.
+"""The linear layers of SmolLM2-135M once, by different kernels, in turns: milliseconds by rows.
 
 .venv/bin/python benchmarks/linear.py
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_serve.serve.engine.coded import CodedWeights
+from qlora_serve.serve.engine.embedding import PanelEmbedding
 from qlora_serve.serve.engine.host_memory import Arena
 from qlora_serve.serve.engine.kernels.native import Kernels, load_kernels
 from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear, PanelLinear
@@ -27,11 +28,12 @@ def main() -> None:
     kernels = load_kernels()
     assert kernels is not None, "the native kernels could not be built"
     layers = [FastLinear(nn.Linear(i, o, bias=False), kernels) for o, i in SHAPES]
-    # The output layer stays as it is: its weight is the input embedding's too.
     arena = Arena()
     layers[-1].weight.data = arena.copy(layers[-1].weight.data)
-    panels = {id(layer): PanelLinear(layer, kernels, arena) for layer in layers[:-1]}
-    coded = {id(layer): coded_like(layer, kernels, arena) for layer in layers[:-1]}
+    panels = {id(layer): PanelLinear(layer, kernels, arena) for layer in layers}
+    # The output head of a quantized base stays in float32.
+    head = {id(layers[-1]): panels[id(layers[-1])]}
+    coded = head | {id(layer): coded_like(layer, kernels, arena) for layer in layers[:-1]}
 
     def by(kind: Mapping[int, NativeLinear]) -> Callable[[FastLinear, Tensor], Tensor]:
         # Called directly, so that it is measured also where the engine would not use it.
@@ -57,6 +59,38 @@ def main() -> None:
                     times[name].append((time.perf_counter() - start) * 1e3)
             medians = "  ".join(f"{statistics.median(t):10.1f}" for t in times.values())
             print(f"{rows:>4}  {medians}")
+        head_and_look_up(layers, panels, kernels)
+
+
+def head_and_look_up(
+    layers: list[FastLinear], panels: Mapping[int, PanelLinear], kernels: Kernels
+) -> None:
+    """Prints the times of the output head and of the input embedding that shares its weight.
+
+    All other layers are computed before each, so that nothing of the weight is near.
+    """
+    *others, head = layers
+    in_panels, embedding = panels[id(head)], nn.Embedding(*SHAPES[-1], _weight=head.weight)
+    look_up = PanelEmbedding(embedding, in_panels.panels, kernels)
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "head, rows": lambda x, _: head(x),
+        "panels": lambda x, _: in_panels(x),
+        "look up": lambda _, ids: embedding(ids),
+        "in panels": lambda _, ids: look_up(ids),
+    }
+    print("\nrows  " + "  ".join(f"{name:>10}" for name in ways))
+    for rows in (*ROWS, 192):
+        inputs = {width: torch.randn(1, rows, width) for width in (576, 1536)}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                for layer in others:
+                    panels[id(layer)](inputs[layer.in_features][:, :1])
+                ids = torch.randint(embedding.num_embeddings, (1, rows))
+                start = time.perf_counter()
+                way(inputs[head.in_features], ids)
+                times[name].append((time.perf_counter() - start) * 1e3)
+        print(f"{rows:>4}  " + "  ".join(f"{statistics.median(t):10.3f}" for t in times.values()))
 
 
 def coded_like(layer: FastLinear, kernels: Kernels, arena: Arena) -> CodedLinear:

@@ -55,7 +55,7 @@ class LoadedBase:
     @property
     def device(self) -> Any:
         """The torch device that inputs go to."""
-        return self.model.get_input_embeddings().weight.device
+        return self.model.device  # of its first parameter
 
 
 def load_base(

@@ -265,7 +265,7 @@ def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:
     """The trial decides; which way it goes depends on the processor, so both ways are forced."""
     monkeypatch.delenv("QLORA_SERVE_NATIVE")
     for is_faster, expected in ((False, nn.Linear), (True, PanelLinear)):
-        monkeypatch.setattr(linear_module, "_is_faster", lambda layer, said=is_faster: said)
+        monkeypatch.setattr(linear_module, "_is_faster", lambda *_, said=is_faster: said)
         model = _Model(nn.Linear(64, 48))
         use_fast_linears(model, kernels)
         assert type(model[0]) is expected

@@ -46,8 +46,8 @@ def test_the_weights_of_a_base_lie_in_it_and_are_the_same(base) -> None:
         if plain_name in weights:
             assert torch.equal(layer.weight, weights[plain_name])
         if isinstance(layer, PanelLinear):
-            assert 0 < layer._panels.data_ptr() - begin < ahead.size
-    embedding = served.get_input_embeddings().weight
+            assert 0 < layer.panels.data_ptr() - begin < ahead.size
+    embedding = served.get_input_embeddings().panels
     assert 0 < embedding.data_ptr() - begin < ahead.size
 
 

@@ -19,6 +19,7 @@ from qlora_serve.adapters.tokens import AdapterTokens
 from qlora_serve.adapters.weights import AdapterWeights, check_finite, check_settings_and_fit
 from qlora_serve.base.source import cache_folder
 from qlora_serve.errors import AdapterError, RequestError
+from qlora_serve.serve.engine.embedding import held_weight, width_of
 
 Signature = tuple[tuple[int, ...], ...]
 """Device, inode, size and times of an adapter's files."""
@@ -152,8 +153,8 @@ def most_bytes(adapter: AdapterFiles, expected: ExpectedAdapter, base: Any, item
                 count *= length
             total += count * (item if len(shape) == 2 else _FLOAT32)
     if expected.vocabulary is not None:  # both embeddings, also where the file has one
-        total += 2 * expected.vocabulary * base.get_input_embeddings().weight.shape[1] * item
-    weights = [base.get_submodule(name).weight for name in expected.token_rows]
+        total += 2 * expected.vocabulary * width_of(base.get_input_embeddings()) * item
+    weights = [held_weight(base.get_submodule(name)) for name in expected.token_rows]
     return total + sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 

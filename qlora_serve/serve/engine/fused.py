@@ -79,7 +79,7 @@ def use_fused(model: Any, kernels: Kernels) -> None:
 
 
 def _fused_norm(module: Any, kernels: Kernels) -> FusedNorm | None:
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = module._parameters.get("weight")  # one in panels would be put together
     eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_candidate = (
         type(module).__name__.endswith("RMSNorm")

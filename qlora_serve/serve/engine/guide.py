@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora_serve.base.load import LoadedBase
 from qlora_serve.errors import ConfigError, RequestError
+from qlora_serve.serve.engine.embedding import tokens_of
 
 GuideKind = Literal["json_schema", "regex", "grammar", "choice", "lark"]
 
@@ -83,7 +84,7 @@ class GuideCompiler:
                 "structured output needs llguidance: pip install 'qlora-serve[structured]'"
             ) from None
         self._library = llguidance
-        size = max(len(base.tokenizer), base.model.get_output_embeddings().weight.shape[0])
+        size = max(len(base.tokenizer), tokens_of(base.model.get_output_embeddings()))
         try:
             self._tokenizer = llguidance.hf.from_tokenizer(
                 base.tokenizer, n_vocab=size, eos_token=sorted(base.stop_token_ids)

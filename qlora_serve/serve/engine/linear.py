@@ -18,6 +18,7 @@ from qlora_serve.serve.engine.coded import (
     code_nf4,
     from_panels,
 )
+from qlora_serve.serve.engine.embedding import PanelEmbedding, can_look_up
 from qlora_serve.serve.engine.host_memory import Arena
 from qlora_serve.serve.engine.kernels.native import Kernels, are_forced
 
@@ -127,18 +128,18 @@ class PanelLinear(NativeLinear):
         self.bias = linear.bias
         self.out_features, self.in_features = linear.weight.shape
         shape = (-(-self.out_features // PANEL), self.in_features, PANEL)
-        self._panels = torch.empty(shape) if arena is None else arena.empty(*shape)
+        self.panels = torch.empty(shape) if arena is None else arena.empty(*shape)
         weight = linear.weight.detach()  # contiguous: `_is_plain` looks
         kernels.to_panels(
-            weight.data_ptr(), self.out_features, self.in_features, self._panels.data_ptr()
+            weight.data_ptr(), self.out_features, self.in_features, self.panels.data_ptr()
         )
         self._kernel = kernels.linear_panels
-        self._tensors = (self._panels, linear.bias)
+        self._tensors = (self.panels, linear.bias)
 
     @property
     def weight(self) -> Tensor:
         """The weight [out_features, in_features], put together anew."""
-        return from_panels(self._panels, self.out_features)
+        return from_panels(self.panels, self.out_features)
 
     def by_torch(self, hidden: Tensor) -> Tensor:
         """See `NativeLinear`."""
@@ -218,40 +219,58 @@ def use_fast_linears(model: Any, kernels: Kernels, arena: Arena | None = None) -
         arena: the memory for their weights; None for torch's own.
     """
     modules = dict(model.named_modules())
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    sharing = {name for name, one in modules.items() if _share(one, embedding)}
+    # Two modules and no third: both can then have the weight in panels.
+    is_pair = len(sharing) == 2 and can_look_up(embedding)
     chosen: dict[type, bool] = {}
     for name in list(modules):
         # Taken out, so that the weights of one layer at a time are held twice.
-        fast = _fast_layer(modules.pop(name), embedding, kernels, arena)
+        module = modules.pop(name)
+        stays = name in sharing and not is_pair
+        fast = _fast_layer(module, stays, kernels, arena)
         if fast is None:
             continue
         kind = type(fast)
         if kind not in chosen:
-            chosen[kind] = are_forced() or kind is CodedLinear or _is_faster(fast)
+            chosen[kind] = are_forced() or kind is CodedLinear or _is_faster(fast, module.weight)
             if not chosen[kind]:
                 log.info("torch's own product is faster here than the native %s", kind.__name__)
-        if chosen[kind]:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, fast)
+        if not chosen[kind]:
+            continue
+        _put(model, name, fast)
+        if isinstance(fast, PanelLinear) and name in sharing:
+            (other,) = sharing - {name}
+            _put(model, other, PanelEmbedding(embedding, fast.panels, kernels))
+
+
+def _put(model: Any, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _share(module: Any, embedding: Any) -> bool:
+    """Whether a module has the weight of the input embedding, as that itself does."""
+    own: Any = module._parameters.get("weight")
+    shared = embedding.weight
+    return own is not None and own.data_ptr() == shared.data_ptr() and own.shape == shared.shape
 
 
 def _fast_layer(
-    module: Any, embedding: Tensor, kernels: Kernels, arena: Arena | None
+    module: Any, stays: bool, kernels: Kernels, arena: Arena | None
 ) -> NativeLinear | None:
+    """What takes a layer's place, if anything does; `stays`: its weight must not be rearranged."""
     coded = code_nf4(module, arena) or code_gptq(module, arena)
     if coded is not None:
         return CodedLinear(coded, module.bias, kernels)
     if not _is_plain(module):
         return None
-    # A weight that the input embedding shares must stay as it is: rows are looked up in it.
-    is_shared = module.weight is embedding or module.weight.data_ptr() == embedding.data_ptr()
-    return FastLinear(module, kernels) if is_shared else PanelLinear(module, kernels, arena)
+    return FastLinear(module, kernels) if stays else PanelLinear(module, kernels, arena)
 
 
-def _is_faster(layer: NativeLinear) -> bool:
-    """Whether the kernel beats torch on a batch of eight rows."""
+def _is_faster(layer: NativeLinear, weight: Tensor) -> bool:
+    """Whether the kernel beats torch, with this weight, on a batch of eight rows."""
     hidden = torch.randn(1, _TRIAL_ROWS, layer.in_features)
-    weight: Any = layer.weight  # of panels it is put together anew each time
 
     ways: list[Callable[[], Tensor]] = [
         lambda: layer(hidden),

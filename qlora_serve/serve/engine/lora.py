@@ -18,6 +18,7 @@ from qlora_serve.adapters.weights import AdapterWeights, LoraPair
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
+from qlora_serve.serve.engine.embedding import PanelEmbedding, held_weight, width_of
 from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
 from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
 from qlora_serve.serve.engine.pairs import (
@@ -137,7 +138,7 @@ class AdapterLayers:
     def __init__(self, model: Any, linear_names: list[str], context: StepContext) -> None:
         self._model = model
         self._context = context
-        self._width = int(model.get_input_embeddings().weight.shape[1])
+        self._width = width_of(model.get_input_embeddings())
         self._index = {name: index for index, name in enumerate(linear_names)}
         output = model.get_output_embeddings()
         self._output_name = next((n for n, m in model.named_modules() if m is output), None)
@@ -213,7 +214,6 @@ class AdapterLayers:
         """What the adapter does to modules in another way than by a linear layer's update."""
         parts = {module: dict(own) for module, own in weights.replaced.items()}
         with_new_rows: dict[int, Tensor] = {}
-        seen = []  # so that no address is used twice: a native layer builds its weight anew
         for module in weights.biases.keys() - self._index.keys():
             parts.setdefault(module, {})["bias"] = weights.biases[module]
         for module, tokens in weights.token_rows.items():
@@ -223,14 +223,12 @@ class AdapterLayers:
                     f"adapter {name!r} trains tokens of {module}, which has a bias; PEFT leaves "
                     "that out, and the engine does not"
                 )
-            weight = base.weight.detach()
-            seen.append(weight)
-            if weight.data_ptr() not in with_new_rows:  # tied modules share one tensor
+            address = held_weight(base).data_ptr()
+            if address not in with_new_rows:  # tied modules share one tensor
+                weight = base.weight.detach()
                 index = torch.tensor(tokens.indices, device=weight.device)
-                with_new_rows[weight.data_ptr()] = weight.index_copy(
-                    0, index, tokens.rows.to(weight)
-                )
-            parts[module] = {"weight": with_new_rows[weight.data_ptr()]}
+                with_new_rows[address] = weight.index_copy(0, index, tokens.rows.to(weight))
+            parts[module] = {"weight": with_new_rows[address]}
         own: dict[str, RowFunction] = {
             module: own_module(
                 self._base(module),
@@ -244,7 +242,7 @@ class AdapterLayers:
         }
         for module in weights.modules.keys() - self._index.keys():
             base = self._base(module)
-            if not isinstance(base, nn.Embedding):
+            if not isinstance(base, nn.Embedding | PanelEmbedding):
                 raise AdapterError(
                     f"adapter {name!r} targets {module}, which is neither a linear layer nor an "
                     "embedding of this base"
@@ -297,7 +295,7 @@ def _embedding_update(
     base: Any, pair: LoraPair, dtype: torch.dtype, kernels: Kernels | None
 ) -> EmbeddingUpdate:
     """Lays out the update of an embedding, whose effective weight is [hidden, vocabulary]."""
-    device = base.weight.device
+    device = held_weight(base).device
     b = pair.b.to(device, torch.float32) * pair.scaling
     gain = None
     if pair.magnitude is not None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qlora_serve.base.gptq import is_gptq
 from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
+from qlora_serve.serve.engine.embedding import PanelEmbedding, tokens_of
 from qlora_serve.serve.engine.kernels.native import Kernels
-from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear
+from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeLinear, PanelLinear
 from qlora_serve.serve.engine.updates import add_update
 
 # Two adapters that load at once must not wrap a module twice: its update would count twice.
@@ -85,8 +86,8 @@ class AdapterModule(nn.Module):
         self.name = name
         self._context = context
         self._is_output = is_output
-        is_look_up = is_output or isinstance(base, nn.Embedding)
-        self._rows = int(self.weight.shape[0]) if is_look_up else 0
+        is_look_up = is_output or isinstance(base, nn.Embedding | PanelEmbedding)
+        self._rows = tokens_of(base) if is_look_up else 0
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[1, rows, ...] → [1, rows, ...]"""
@@ -145,7 +146,7 @@ def own_module(
     """
     is_norm = type(base).__name__.endswith("Norm")
     is_linear = isinstance(base, nn.Linear | NativeLinear) or is_gptq(base)
-    if not (is_norm or is_linear or isinstance(base, nn.Embedding)):
+    if not (is_norm or is_linear or isinstance(base, nn.Embedding | PanelEmbedding)):
         raise AdapterError(
             f"the adapter replaces {name}, a {type(base).__name__}; the engine replaces linear "
             "layers, embeddings and norms only"
@@ -155,10 +156,7 @@ def own_module(
             f"the adapter replaces {name}, a norm of each attention head; the engine replaces "
             "norms of whole hidden states only"
         )
-    new = dict(base._parameters)
-    if is_linear:  # a native layer may keep its weight in another form, gptqmodel shows no tensor
-        weight = None if isinstance(base, CodedLinear) else getattr(base, "weight", None)
-        new = {"weight": weight if isinstance(weight, Tensor) else None, "bias": base.bias}
+    new = _parameters_of(base, is_linear, parameters)
     if vocabulary is not None and new.get("bias") is not None and "bias" not in parameters:
         raise AdapterError(
             f"the adapter has an enlarged vocabulary and no biases for the new tokens of {name}; "
@@ -174,8 +172,26 @@ def own_module(
                 "shape in this base; serve it on the unquantized base"
             )
         new[part] = nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False)
-    module = _linear(new, context) if is_linear else _like(base, new)
-    return OwnModule(module, vocabulary)
+    if is_linear:
+        return OwnModule(_linear(new, context), vocabulary)
+    own = base.with_weight(new["weight"]) if isinstance(base, PanelEmbedding) else _like(base, new)
+    return OwnModule(own, vocabulary)
+
+
+def _parameters_of(base: Any, is_linear: bool, replaced: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A module's parameters by name; None for quantized ones.
+
+    A weight in panels that is among the `replaced` is not put together: it only shows its form.
+    """
+    if isinstance(base, PanelEmbedding | PanelLinear):
+        form = base.panels.new_zeros(1).expand(tokens_of(base), base.panels.shape[1])
+        weight: Any = form if "weight" in replaced else base.weight
+        return {"weight": weight, "bias": getattr(base, "bias", None)}
+    if not is_linear:
+        return dict(base._parameters)
+    # gptqmodel shows no tensor
+    weight = None if isinstance(base, CodedLinear) else getattr(base, "weight", None)
+    return {"weight": weight if isinstance(weight, Tensor) else None, "bias": base.bias}
 
 
 def _linear(parameters: dict[str, Any], context: StepContext) -> nn.Module:

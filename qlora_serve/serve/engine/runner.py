@@ -11,6 +11,7 @@ from qlora_serve.base.load import LoadedBase
 from qlora_serve.base.skeleton import build_skeleton
 from qlora_serve.errors import RequestError
 from qlora_serve.serve.engine.attention import KvCache, NativeSpans, Span, StepContext, attach
+from qlora_serve.serve.engine.embedding import tokens_of
 from qlora_serve.serve.engine.flash import (
     PAGE_TOKENS,
     CudaPaths,
@@ -90,7 +91,7 @@ class Runner:
             # The layers of an int8 base ask the device for numbers on the way.
             if self._flash is not None and base.quantization != "int8":
                 self._capture = capture_cuda
-        self._vocabulary = int(base.model.get_output_embeddings().weight.shape[0])
+        self._vocabulary = tokens_of(base.model.get_output_embeddings())
 
     @property
     def windows(self) -> tuple[int | None, ...]:

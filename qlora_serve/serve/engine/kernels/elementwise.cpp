@@ -64,4 +64,25 @@ void rotate_f32(const float* x, int64_t head, int64_t row, int64_t heads, int64_
     }
 }
 
+// The rows `ids` of a weight in panels [known / 32 rounded up, n, 32], each multiplied by `scale`.
+//   ids [count], out [count, n]
+// Returns how many ids are no row of it; what is put out for those is undefined.
+int64_t look_up_f32(const int64_t* ids, int64_t count, const float* panels, int64_t known, int64_t n,
+                    float scale, float* out) {
+  constexpr int64_t kPanel = 2 * kWidth;
+  int64_t unknown = 0;
+#pragma omp parallel for schedule(static) reduction(+ : unknown) if (count * n > kWorthThreads)
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t id = ids[r];
+    if (id < 0 || id >= known) {
+      ++unknown;
+      continue;
+    }
+    const float* from = panels + id / kPanel * n * kPanel + id % kPanel;
+    float* to = out + r * n;
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i * kPanel] * scale;
+  }
+  return unknown;
+}
+
 }  // extern "C"
