@@ -269,3 +269,30 @@ def test_layers_stay_where_torch_is_faster(kernels, monkeypatch) -> None:
         model = _Model(nn.Linear(64, 48))
         use_fast_linears(model, kernels)
         assert type(model[0]) is expected
+
+
+@pytest.mark.parametrize("size", [1, 5, 15, 16, 17, 48, 515, 49152])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_the_largest_of_a_row_is_where_torch_finds_it(kernels, rows, size) -> None:
+    """The first of several, in whichever lane; NaN wins wherever it is."""
+    generator = torch.Generator().manual_seed(rows * size)
+
+    def check(scores: torch.Tensor) -> None:
+        values, places = torch.empty(rows), torch.empty(rows, dtype=torch.long)
+        kernels.largest(
+            scores.data_ptr(), rows, size, values.data_ptr(), places.data_ptr()
+        )  # fmt: skip
+        expected = scores.max(dim=-1)
+        assert torch.equal(values.nan_to_num(nan=123.5), expected.values.nan_to_num(nan=123.5))
+        known = ~expected.values.isnan()
+        assert torch.equal(places[known], expected.indices[known])
+
+    check(torch.randn(rows, size, generator=generator))
+    check(torch.randint(-3, 3, (rows, size), generator=generator).float())  # many of the largest
+    check(torch.zeros(rows, size))
+    check(torch.full((rows, size), float("-inf")))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for place in {0, size // 2, size - 1, min(size, 16) - 1}:
+            scores = torch.randn(rows, size, generator=generator)
+            scores[rows // 2, place] = value
+            check(scores)

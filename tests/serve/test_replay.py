@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from mixed_batch import load_residents, mixed_rows
+from mixed_batch import give_blocks, load_residents, mixed_rows, new_sequence
 from tiny_models import CONFIGS, write_random_adapter, write_tiny_model
 from torch import nn
 from transformers import LlamaConfig, Qwen2Config
@@ -13,6 +13,7 @@ from qlora_serve.base.load import load_base
 from qlora_serve.serve.engine.recording import NotRecordableError
 from qlora_serve.serve.engine.replay import LayerReplay
 from qlora_serve.serve.engine.runner import Runner
+from qlora_serve.serve.engine.scheduler import Chunk
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="there is no C++ compiler here, so there are no kernels"
@@ -73,6 +74,49 @@ def test_steps_with_other_adapters_are_computed_by_the_model(runner_and_resident
     mixed_rows(runner, residents, {"base": 9, "dora": 11})
     assert runner.replay is not None
     assert runner.replay.steps == 0
+
+
+@torch.inference_mode()
+def test_only_the_first_layer_is_asked_and_the_list_is_put_back(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(CONFIGS, "llama", _WIDE["llama"])
+    runner = Runner(load_base(str(write_tiny_model(tmp_path / "base")), dtype="float32"))
+    decoder = runner.base.model.model
+    layers = decoder.layers
+    sequence = new_sequence([5, 6, 7], None)
+    give_blocks(runner, [sequence], 1)
+    replay = runner.replay
+    assert replay is not None
+    assert [*decoder.layers] == [*decoder.layers[:3]] == [*layers]
+    assert [*decoder.layers[1:]] == [*layers][1:]
+    assert decoder.layers[-1] is layers[-1]
+    asked: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: asked.append(number))
+    replayed = runner.forward([Chunk(sequence, 0, 3)])
+    assert asked == [0]
+    replay.remove()
+    assert decoder.layers is layers
+    runner.replay = None
+    assert torch.equal(runner.forward([Chunk(sequence, 0, 3)]), replayed)
+    assert asked == [0, 0, 1, 2]
+
+
+@torch.inference_mode()
+def test_a_step_knows_nothing_of_the_one_before(runner_and_residents) -> None:
+    """As many rows, but of other adapters, or of none."""
+    runner, residents = runner_and_residents
+    whose = (residents["plain"], None, residents["few"], None)
+    sequences = [new_sequence([5, 6, 7], adapter) for adapter in whose]
+    give_blocks(runner, sequences, 1)
+    assert runner.replay is not None
+    plain, base, few, again = (runner.forward([Chunk(one, 0, 3)]) for one in sequences)
+    assert runner.replay.steps == 4
+    runner.replay.remove()
+    runner.replay = None
+    for one, found in zip(sequences, (plain, base, few, again), strict=True):
+        assert torch.equal(runner.forward([Chunk(one, 0, 3)]), found)
+    assert not torch.equal(plain, base)
+    assert torch.equal(base, again)
 
 
 @torch.inference_mode()

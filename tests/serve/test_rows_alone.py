@@ -4,8 +4,10 @@ Whoever else is in the step, however the prompt was cut into chunks, and whateve
 before: on a CPU in float32 the logits are equal, not close.
 """
 
+import gc
 import random
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,17 @@ from torch import Tensor, nn
 from qlora_serve.base.load import load_base
 from qlora_serve.serve.engine.coded import code_gptq
 from qlora_serve.serve.engine.kernels.native import load_kernels
-from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, PanelLinear
+from qlora_serve.serve.engine.linear import CodedLinear, FastLinear, NativeUpdates, PanelLinear
 from qlora_serve.serve.engine.lora import (
     ResidentAdapter,
     ResidentPair,
     for_kernels,
-    native_updates,
     rows_by_adapter,
 )
 from qlora_serve.serve.engine.runner import Runner
 from qlora_serve.serve.engine.scheduler import Chunk
+from qlora_serve.serve.engine.slots import ScaledAdapter
+from qlora_serve.serve.engine.updates import UpdatesInTurn, native_updates
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch computes without a compiler"),
@@ -72,6 +75,39 @@ def test_a_layers_row_does_not_depend_on_the_others(kind: str, rank: int) -> Non
     alone = torch.cat([compute(hidden[:, row : row + 1]) for row in range(192)], dim=1)
     for rows in (*range(2, 65), 191, 192):  # around the edges of every tile
         assert compute(hidden[:, :rows]).equal(alone[:, :rows]), rows
+
+
+def test_updates_are_made_again_when_the_rows_are_others() -> None:
+    """And keep no adapter in memory."""
+    pair = for_kernels(ResidentPair(torch.randn(2, 32), torch.randn(2, 32)))
+    first, second = (ResidentAdapter(name, name, (pair,), 0) for name in ("first", "second"))
+    updates = UpdatesInTurn()
+
+    def of(*rows: tuple[int, ResidentAdapter, float]) -> NativeUpdates | None:
+        return updates.of([(n, n + 1, ScaledAdapter(one, scale)) for n, one, scale in rows])
+
+    assert of() is None
+    made = of((0, first, 1.0), (1, second, 1.0))
+    assert made is not None
+    assert of((0, first, 1.0), (1, second, 1.0)) is made
+    for rows in (
+        [(0, second, 1.0), (1, first, 1.0)],
+        [(0, first, 1.0), (1, second, 0.5)],
+        [(0, first, 1.0), (2, second, 1.0)],
+        [(0, first, 1.0)],
+    ):
+        other = of(*rows)
+        assert other is not None
+        assert other is not made
+        assert other.count == len(rows)
+        made = other
+    assert of() is None
+    gone = weakref.ref(second)
+    of((0, second, 1.0))
+    del second, rows, other, made
+    gc.collect()
+    assert gone() is None
+    assert of((0, first, 1.0)) is not None
 
 
 def _write(folder: Path, family: str, base_kind: str) -> tuple[Runner, dict[str, Any]]:

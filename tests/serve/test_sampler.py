@@ -7,6 +7,7 @@ import torch
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
+from qlora_serve.serve.engine.kernels.native import load_kernels
 from qlora_serve.serve.engine.request import GenerationRequest, Sampling
 from qlora_serve.serve.engine.sampler import RowSampler, distribution, sample, shape
 
@@ -150,9 +151,10 @@ def test_a_seed_fixes_the_choices_whoever_else_is_in_the_batch() -> None:
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"logprobs": 2}, {"top_k": 2}])
 def test_a_row_that_is_not_finite_gives_none_and_the_others_go_on(bad, settings) -> None:
     logits = torch.tensor([[0.0, 1.0, bad], [0.0, 9.0, -50.0]])
-    rows = [_row(seed=1, **settings) for _ in range(2)]
-    assert sample(logits, rows) == [None, 1]
-    assert "not finite" in rows[0].fault
+    for kernels in (None, load_kernels()):
+        rows = [_row(seed=1, **settings) for _ in range(2)]
+        assert sample(logits, rows, kernels) == [None, 1]
+        assert "not finite" in rows[0].fault
 
 
 def test_logprobs_are_the_models_own_whatever_is_done_to_the_scores() -> None:

@@ -19,8 +19,8 @@ from qlora_serve.errors import AdapterError
 from qlora_serve.serve.engine.attention import StepContext
 from qlora_serve.serve.engine.dense import dense_weight, dora_gain, require_same
 from qlora_serve.serve.engine.embedding import PanelEmbedding, held_weight, width_of
-from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
-from qlora_serve.serve.engine.linear import NativeLinear, NativeUpdates
+from qlora_serve.serve.engine.kernels.native import Kernels
+from qlora_serve.serve.engine.linear import NativeLinear
 from qlora_serve.serve.engine.pairs import (
     ResidentPair,
     for_kernels,
@@ -37,9 +37,7 @@ from qlora_serve.serve.engine.replaced import (
     wrap,
 )
 from qlora_serve.serve.engine.slots import ScaledAdapter
-
-# numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
-_NATIVE_ROWS = np.dtype(AdapterRows)
+from qlora_serve.serve.engine.updates import NATIVE_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ class ResidentAdapter:
 
         Rank 0 where there is none, or where it is not plain and Python applies it.
         """
-        table = np.zeros(len(self.pairs), dtype=_NATIVE_ROWS)
+        table = np.zeros(len(self.pairs), dtype=NATIVE_ROWS)
         for entry, pair in zip(table, self.pairs, strict=True):
             if pair is None or pair.a is None or pair.blocks is None:
                 continue
@@ -359,25 +357,3 @@ def rows_by_adapter(counts: list[tuple[int, Any]]) -> list[tuple[int, int, Scale
                 ranges.append((first, last, selection))
         first = last
     return [(first, last, one) for first, last, them in ranges for one in them.residents]
-
-
-def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:
-    """The step's plain updates for the kernels; None when no row has an adapter."""
-    if not rows:
-        return None
-    # [layers, groups], so that a layer's groups lie side by side. The dtype is given because numpy
-    # would leave out the padding at a structure's end.
-    tables = [adapter.resident.native_table for *_, adapter in rows]
-    groups = np.stack(tables, axis=1, dtype=_NATIVE_ROWS)
-    groups["first"] = [first for first, *_ in rows]
-    groups["last"] = [last for _, last, _ in rows]
-    groups["scale"] = [adapter.scale for *_, adapter in rows]
-    sizes = (groups["last"] - groups["first"]) * groups["rank"]
-    return NativeUpdates(
-        groups=groups.ctypes.data,
-        count=len(rows),
-        stride=groups.strides[0],
-        low=torch.empty(int(sizes.sum(axis=1).max())),
-        leaves_some=not all(adapter.resident.is_plain for *_, adapter in rows),
-        keep=groups,
-    )

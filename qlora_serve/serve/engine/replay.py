@@ -9,13 +9,13 @@ tensors in another shape and add two of them is not recorded, and everything run
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_serve.serve.engine.attention import NativeSpans, Span, StepContext
 from qlora_serve.serve.engine.fused import engine_computes
@@ -43,6 +43,23 @@ _SPANS, _SPAN_COUNT = 15, 16  # the same for attention
 _CALL = np.dtype([("kind", np.int64), ("a", np.int64, 17), ("f", np.float32, 2)])  # replay.cpp
 
 
+class _Layers(nn.ModuleList):
+    """A model's layers, of which it is given the first alone while that replays all of them."""
+
+    def __init__(self, layers: Iterable[nn.Module], is_active: Callable[[], bool]) -> None:
+        super().__init__(layers)
+        self._is_active = is_active
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self[:])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        chosen = range(len(self))[index]  # models go over a part, as a rule all
+        return [self[number] for number in chosen if number == 0 or not self._is_active()]
+
+
 class LayerReplay:
     """Makes the calls of a model's decoder layers.
 
@@ -59,15 +76,20 @@ class LayerReplay:
         assert context.kernels is not None
         self._context, self._kernels = context, context.kernels
         self._rows = rows
-        self._layers = list(getattr(model.get_decoder(), "layers", ()))
-        if not self._layers:
+        self._decoder = model.get_decoder()
+        self._list = getattr(self._decoder, "layers", None)
+        if type(self._list) is not nn.ModuleList or not len(self._list):
             raise NotRecordableError("no list of layers")
+        self._layers = list(self._list)
         self._forwards = [layer.forward for layer in self._layers]
         self._is_active = False
         self._recording: Recorded | None = None
+        self._ready: Any = None
+        self._ready_rows = 0
         self._model = model
         self.steps = 0
         """Steps that were replayed."""
+        self._decoder.layers = _Layers(self._layers, lambda: self._is_active)
         for number, layer in enumerate(self._layers):
             layer.forward = self._wrapped(number)
         try:
@@ -78,6 +100,7 @@ class LayerReplay:
 
     def remove(self) -> None:
         """Leaves the model as it was."""
+        self._decoder.layers = self._list
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
 
@@ -290,19 +313,27 @@ class LayerReplay:
         rows = given[0].shape[1]
         for kept, new in zip(self._inputs, given, strict=True):
             kept[:rows] = new[0]
-        calls = self._calls.copy()
-        calls["a"] += self._per_row * rows
+        arguments = self._calls_for(rows)["a"]
         updates, spans = self._context.adapter_updates, self._context.native_spans
         assert spans is not None
-        if updates is not None:
-            groups, count, low = self._linear_at
-            calls["a"][self._linear, groups] = updates.groups + self._linear_index * updates.stride
-            calls["a"][self._linear, count] = updates.count
-            calls["a"][self._linear, low] = updates.low.data_ptr()
-        calls["a"][self._attention, _SPANS] = np.array(spans.addresses)[self._attention_group]
-        calls["a"][self._attention, _SPAN_COUNT] = spans.count
-        self._kernels.replay(calls.ctypes.data, len(calls))
+        groups, count, low = self._linear_at
+        if updates is None:
+            arguments[self._linear, self._linear_at] = 0
+        else:
+            arguments[self._linear, groups] = updates.groups + self._linear_index * updates.stride
+            arguments[self._linear, count] = updates.count
+            arguments[self._linear, low] = updates.low.data_ptr()
+        arguments[self._attention, _SPANS] = np.array(spans.addresses)[self._attention_group]
+        arguments[self._attention, _SPAN_COUNT] = spans.count
+        self._kernels.replay(self._ready.ctypes.data, len(self._ready))
         return self._output[None, :rows].clone()
+
+    def _calls_for(self, rows: int) -> Any:
+        """The calls for a number of rows, which seldom changes from one step to the next."""
+        if rows != self._ready_rows:
+            self._ready, self._ready_rows = self._calls.copy(), rows
+            self._ready["a"] += self._per_row * rows
+        return self._ready
 
 
 def record(

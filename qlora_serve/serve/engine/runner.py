@@ -29,7 +29,6 @@ from qlora_serve.serve.engine.linear import NativeLinear, use_fast_linears
 from qlora_serve.serve.engine.lora import (
     AdapterLayers,
     linear_names,
-    native_updates,
     rows_by_adapter,
 )
 from qlora_serve.serve.engine.replay import MOST_ROWS, LayerReplay, record
@@ -37,6 +36,7 @@ from qlora_serve.serve.engine.request import Sequence
 from qlora_serve.serve.engine.sampler import sample
 from qlora_serve.serve.engine.scheduler import BLOCK_TOKENS, Chunk, Limits, Step
 from qlora_serve.serve.engine.scoring import Scoring
+from qlora_serve.serve.engine.updates import UpdatesInTurn
 
 
 class Runner:
@@ -62,7 +62,8 @@ class Runner:
         arena: Arena | None = None,
     ) -> None:
         self.base = base
-        self._context = StepContext()
+        self._context, self._device = StepContext(), base.device
+        self._updates, self._output_updates = UpdatesInTurn(), UpdatesInTurn()
         names = linear_names(build_skeleton(base.source))
         if base.dtype == "float32" and base.device.type == "cpu":
             self._context.kernels = load_kernels()
@@ -148,7 +149,7 @@ class Runner:
                 self.replay.remove()
             self.replay = self._record(min(limits.step_tokens, MOST_ROWS))
         if self._flash is not None and self._capture is not None:
-            device = self.base.device
+            device = self._device
             slots = GraphSlots(self.layers.shapes, limits.max_sequences, self._dtype, device)
             self.graphs = DecodeGraphs(
                 self._logits, self._context, limits, slots, self._flash.with_cache, self._capture
@@ -165,12 +166,12 @@ class Runner:
     @torch.inference_mode()
     def _find_shapes(self) -> None:
         """Runs one token through the model, so that each layer shows what attention it wants."""
-        one = torch.zeros(1, 1, dtype=torch.long, device=self.base.device)
+        one = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         self.base.model(input_ids=one, position_ids=one, use_cache=False)
 
     def resident(self, name: str, weights: Any) -> Any:
         """See `AdapterLayers.make_resident`; not for the engine's own thread."""
-        device = self.base.device
+        device = self._device
         if device.type == "cuda":
             # Copies in a stream of their own run beside decoding; whole before anyone reads them.
             stream = torch.cuda.Stream(device)
@@ -194,7 +195,8 @@ class Runner:
         sampling = [chunk for chunk in ordered if chunk.samples]
         if not sampling:
             return [*faulty]
-        tokens = sample(logits, [chunk.sequence.sampler for chunk in sampling])
+        samplers = [chunk.sequence.sampler for chunk in sampling]
+        tokens = sample(logits, samplers, self._context.kernels)
         chosen = [(chunk.sequence, token) for chunk, token in zip(sampling, tokens, strict=True)]
         return [*faulty, *chosen]
 
@@ -212,7 +214,7 @@ class Runner:
         """
         if self.graphs is not None and (found := self.graphs.run(chunks)) is not None:
             return found
-        context, device = self._context, self.base.device
+        context, device = self._context, self._device
         ids: list[int] = []
         positions: list[int] = []
         spans: list[Span] = []
@@ -243,8 +245,8 @@ class Runner:
             ]
         )
         if context.kernels is not None:
-            context.adapter_updates = native_updates(context.adapter_rows)
-            context.output_updates = native_updates(context.output_rows)
+            context.adapter_updates = self._updates.of(context.adapter_rows)
+            context.output_updates = self._output_updates.of(context.output_rows)
         residents = [adapter.resident for *_, adapter in context.adapter_rows]
         with self.replay.step(len(ids), residents) if self.replay else nullcontext():
             logits = self._logits(

@@ -1,9 +1,18 @@
-"""One adapter's low-rank update of some rows, by the native kernel."""
+"""Low-rank updates by the native kernels: of one adapter's rows, and of all rows of a step."""
 
+import weakref
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
+from qlora_serve.serve.engine.linear import NativeUpdates
+from qlora_serve.serve.engine.slots import ScaledAdapter
+
+# numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
+NATIVE_ROWS = np.dtype(AdapterRows)
 
 
 def add_update(
@@ -31,3 +40,52 @@ def add_update(
         hidden.data_ptr(), hidden.shape[1], output.data_ptr(), output.shape[1], group,
         low.data_ptr(),
     )  # fmt: skip
+
+
+def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:
+    """The step's plain updates for the kernels; None when no row has an adapter."""
+    if not rows:
+        return None
+    # [layers, groups], so that a layer's groups lie side by side. The dtype is given because numpy
+    # would leave out the padding at a structure's end.
+    tables = [adapter.resident.native_table for *_, adapter in rows]
+    groups = np.stack(tables, axis=1, dtype=NATIVE_ROWS)
+    groups["first"] = [first for first, *_ in rows]
+    groups["last"] = [last for _, last, _ in rows]
+    groups["scale"] = [adapter.scale for *_, adapter in rows]
+    sizes = (groups["last"] - groups["first"]) * groups["rank"]
+    return NativeUpdates(
+        groups=groups.ctypes.data,
+        count=len(rows),
+        stride=groups.strides[0],
+        low=torch.empty(int(sizes.sum(axis=1).max())),
+        leaves_some=not all(adapter.resident.is_plain for *_, adapter in rows),
+        keep=groups,
+    )
+
+
+class UpdatesInTurn:
+    """The `native_updates` of one step after another: the same while the rows are the same.
+
+    Kept without keeping an adapter from leaving the memory.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[tuple[int, int, weakref.ref[Any], float]] = []
+        self._updates: NativeUpdates | None = None
+
+    def of(self, rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:
+        """See `native_updates`."""
+        same = len(rows) == len(self._last) and all(
+            (first, last, adapter.scale) == (one, other, scale) and adapter.resident is found()
+            for (first, last, adapter), (one, other, found, scale) in zip(
+                rows, self._last, strict=True
+            )
+        )
+        if not same:
+            self._updates = native_updates(rows)
+            self._last = [
+                (first, last, weakref.ref(adapter.resident), adapter.scale)
+                for first, last, adapter in rows
+            ]
+        return self._updates

@@ -14,9 +14,48 @@ inline Vector silu(Vector x) {
   return x * (x < 0.0f ? e : Vector{} + 1.0f) / (1.0f + e);
 }
 
+// The largest of n numbers, NaN if one is, and where the first such is (undefined with NaN).
+float largest_of(const float* x, int64_t n, int64_t* place) {
+  float found = x[0];
+  int64_t at = 0, i = 0;
+  bool has_nan = false;
+  if (n >= kWidth) {
+    Vector best = load(x);
+    Integers lanes;
+    for (int j = 0; j < kWidth; ++j) lanes[j] = j;
+    Integers places = lanes, not_equal = best != best;
+    for (i = kWidth; i + kWidth <= n; i += kWidth) {
+      const Vector v = load(x + i);
+      const Integers is_more = v > best;
+      not_equal |= v != v;
+      places = is_more ? lanes + static_cast<int32_t>(i) : places;
+      best = is_more ? v : best;
+    }
+    found = best[0], at = places[0];
+    for (int j = 0; j < kWidth; ++j) {
+      has_nan |= not_equal[j] != 0;
+      if (best[j] > found || (best[j] == found && places[j] < at)) found = best[j], at = places[j];
+    }
+  }
+  for (; i < n; ++i) {
+    has_nan |= x[i] != x[i];
+    if (x[i] > found) found = x[i], at = i;
+  }
+  *place = at;
+  return has_nan ? NAN : found;
+}
+
 }  // namespace
 
 extern "C" {
+
+// The largest number of each row, NaN if it holds one, and its place: the first of several, undefined
+// with NaN.
+//   x [rows, n] with 0 < n < 2³¹; largest, places [rows]
+void largest_f32(const float* x, int64_t rows, int64_t n, float* largest, int64_t* places) {
+#pragma omp parallel for schedule(static) if (rows * n > kWorthThreads)
+  for (int64_t r = 0; r < rows; ++r) largest[r] = largest_of(x + r * n, n, places + r);
+}
 
 // RMSNorm (arXiv:1910.07467): out = x / sqrt(mean(x²) + eps) * (offset + weight), row by row.
 //   x, out [rows, n]; weight [n]

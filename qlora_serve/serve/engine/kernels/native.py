@@ -101,6 +101,9 @@ class Kernels:
         self.look_up = library.look_up_f32
         self.look_up.restype = _INT
         self.look_up.argtypes = [_POINTER, _INT, _POINTER, _INT, _INT, _FLOAT, _POINTER]
+        self.largest = library.largest_f32
+        self.largest.restype = None
+        self.largest.argtypes = [_POINTER, _INT, _INT, _POINTER, _POINTER]
         self.replay = library.replay_calls
         self.replay.restype = None
         self.replay.argtypes = [_POINTER, _INT]
