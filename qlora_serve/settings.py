@@ -1,7 +1,7 @@
 """Settings: built once from flags and a YAML file, checked, then frozen."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +18,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def load_settings(kind: type[SettingsT], file: Path | None, flags: Mapping[str, Any]) -> SettingsT:
+def load_settings(
+    kind: type[SettingsT],
+    file: Path | None,
+    flags: Mapping[str, Any],
+    positional: Collection[str] = (),
+) -> SettingsT:
     """Builds `kind` from a YAML file and the flags that were given; flags win.
 
     Args:
         kind: the settings class.
         file: a YAML file whose keys are the flags' names, with dashes or underscores.
         flags: the given flags; a value of None means "not given".
+        positional: those that the command line takes without a flag.
 
     Raises:
         UsageError: required settings are missing.
@@ -38,9 +44,12 @@ def load_settings(kind: type[SettingsT], file: Path | None, flags: Mapping[str, 
     except ValidationError as error:
         missing = [item["loc"][0] for item in error.errors() if item["type"] == "missing"]
         if missing:
-            flags_needed = ", ".join("--" + str(name).replace("_", "-") for name in missing)
+            needed = ", ".join(
+                str(name).upper() if name in positional else "--" + str(name).replace("_", "-")
+                for name in missing
+            )
             raise UsageError(
-                f"missing: {flags_needed} (as a flag or argument, or a key of the --config file)"
+                f"missing: {needed} (on the command line, or as a key of the --config file)"
             ) from None
         reasons = (_describe(item, kind, file, given) for item in error.errors())
         raise ConfigError("; ".join(dict.fromkeys(reasons))) from None

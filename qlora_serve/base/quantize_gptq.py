@@ -38,10 +38,11 @@ class GptqSettings:
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
-            raise ConfigError(f"--bits {self.bits}: expected 2, 3, 4 or 8")
+            raise ConfigError(f"--gptq-bits {self.bits}: expected 2, 3, 4 or 8")
         if self.group_size != -1 and self.group_size not in (16, 32, 64, 128, 256, 512, 1024):
             raise ConfigError(
-                f"--group-size {self.group_size}: expected -1, or a power of two from 16 to 1024"
+                f"--gptq-group-size {self.group_size}: expected -1, or a power of two from 16 to "
+                "1024"
             )
 
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from qlora_serve.cli import adapter_tables as tables
+from qlora_serve.cli.help import App
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.wording import counted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app = App(no_args_is_help=True)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 _Adapter = Annotated[
@@ -41,7 +42,7 @@ def adapters() -> None:
 @app.command("list")
 def list_adapters(
     folder: Annotated[
-        Path | None, typer.Argument(help="The same as --adapters-dir.", metavar="[FOLDER]")
+        Path | None, typer.Argument(help="The same as --adapters-dir.", metavar="FOLDER")
     ] = None,
     adapters_dir: Annotated[
         Path | None,
@@ -282,9 +283,10 @@ def clean(
 @app.command()
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A directory, or an archive, with adapter_model.bin.")
+        Path,
+        typer.Argument(help="A directory or archive with adapter_model.bin.", metavar="SOURCE"),
     ],
-    dest: Annotated[Path, typer.Argument(help="The new directory.")],
+    dest: Annotated[Path, typer.Argument(help="The new directory.", metavar="DEST")],
     max_unpacked_size: Annotated[
         str, typer.Option(help="What an archive may unpack to, such as 500MB.", metavar="SIZE")
     ] = _MAX_UNPACKED,

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
+app = App(no_args_is_help=True)
 
 
 class Quantize(StrEnum):
@@ -20,10 +21,18 @@ class Quantize(StrEnum):
     gptq = "gptq"
 
 
-Bits = Annotated[int | None, typer.Option(help="GPTQ only: 2, 3, 4 (default) or 8.")]
+# Named as in merge; the short names are as good here, where nothing else has bits or groups.
+Bits = Annotated[
+    int | None,
+    typer.Option("--gptq-bits", "--bits", help="GPTQ only: 2, 3, 4 (default) or 8."),
+]
 GroupSize = Annotated[
     int | None,
-    typer.Option(help="GPTQ only: inputs that share a scale, 128 by default; -1 for all."),
+    typer.Option(
+        "--gptq-group-size",
+        "--group-size",
+        help="GPTQ only: inputs that share a scale, 128 by default; -1 for all.",
+    ),
 ]
 Symmetric = Annotated[
     bool | None,
@@ -49,7 +58,10 @@ def base() -> None:
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="smollm2, or any base to make a quantized copy of.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="smollm2, or any base to make a quantized copy of.", metavar="NAME"),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(help="Where to write it; the cache folder (QLORA_SERVE_CACHE) when left out."),
@@ -69,11 +81,11 @@ def prepare(
 
         qlora-serve base prepare smollm2 --quantize nf4 --output bases/smollm2-nf4
 
-        qlora-serve base prepare smollm2 --quantize gptq --bits 4 --group-size 64
+        qlora-serve base prepare smollm2 --quantize gptq --gptq-group-size 64
     """
     flags: dict[str, Any] = {
-        "bits": bits,
-        "group_size": group_size,
+        "gptq_bits": bits,
+        "gptq_group_size": group_size,
         "symmetric": symmetric,
         "by_activity": by_activity,
         "calibration": calibration,
@@ -82,7 +94,8 @@ def prepare(
     if given and quantize is not Quantize.gptq:
         flag = next(iter(given)).replace("_", "-")
         raise ConfigError(f"--{flag} is for --quantize gptq only; leave it out")
-    typer.echo(_prepare(name, output, quantize, given))
+    settings = {key.removeprefix("gptq_"): value for key, value in given.items()}
+    typer.echo(_prepare(name, output, quantize, settings))
 
 
 def _prepare(name: str, output: Path | None, quantize: Quantize, gptq: dict[str, Any]) -> Path:

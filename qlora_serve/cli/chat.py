@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.errors import QloraServeError, RequestError
 
 if TYPE_CHECKING:
     from qlora_serve.cli.client import Client
 
-app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+app = App()
 
 _HELP = "/adapter NAME, /base, /models, /clear (forget the chat), /help, /exit"
 

@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_serve.cli.client import Client
 
-app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+app = App()
 
 
 @app.command()
 def compare(
-    prompt: Annotated[str, typer.Argument(help="The question.")],
+    prompt: Annotated[str, typer.Argument(help="The question.", metavar="PROMPT")],
     variants: Annotated[
         str,
         typer.Option(

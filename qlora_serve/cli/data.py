@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_serve.cli.help import App
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
     from qlora_serve.train.check import CheckedData, DataReport
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", add_completion=False)
+app = App(no_args_is_help=True)
 
 _LISTED = 20
 _SHOWN_CHARACTERS = 2000
@@ -37,7 +39,7 @@ def data() -> None:
 def check(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Files or data sets, as --data of train."),
+        typer.Argument(metavar="FILE", help="Files or data sets, as --data of train."),
     ],
     base: Annotated[str, typer.Option(help="The base that will be trained.")],
     train_on: Annotated[

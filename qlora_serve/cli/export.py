@@ -2,11 +2,12 @@
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.cli.options import flags_from
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import ExportSettings
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = App()
 
 
 def export(settings: ExportSettings) -> None:

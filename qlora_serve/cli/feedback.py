@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+from qlora_serve.cli.help import App
+
+app = App(no_args_is_help=True)
 
 _File = Annotated[
     Path, typer.Argument(help="The file that `serve --feedback` writes.", metavar="FILE")

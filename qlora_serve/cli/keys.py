@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+from qlora_serve.cli.help import App
+
+app = App(no_args_is_help=True)
 
 _File = Annotated[Path, typer.Option("--keys", help="The keys file.", metavar="FILE")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -54,10 +56,13 @@ def add(
         qlora-serve keys add operator --scope admin --scope infer --json
     """
     from qlora_serve.errors import UsageError
-    from qlora_serve.serve.keys import add_key
+    from qlora_serve.serve.keys import Role, add_key
 
     if no_adapters and adapter:
         raise UsageError("give either --adapter or --no-adapters, not both")
+    for item in scope or ():
+        if item not in get_args(Role):
+            raise UsageError(f"--scope {item}: expected {' or '.join(get_args(Role))}")
     key, record = add_key(
         keys,
         name=name,

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from qlora_serve import __version__
+from qlora_serve.cli.help import App, Group
 from qlora_serve.errors import QloraServeError, UsageError
 from qlora_serve.progress import quieten_libraries
 
@@ -38,7 +39,7 @@ EXIT_BAD_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(Group):
     """A group that knows its commands' names and one-line helps before importing them."""
 
     _listing = False
@@ -65,9 +66,7 @@ class LazyGroup(TyperGroup):
             self._listing = False
 
 
-app = typer.Typer(
-    cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
-)
+app = App(LazyGroup, no_args_is_help=True)
 
 
 def _print_version(asked: bool) -> None:

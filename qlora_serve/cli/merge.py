@@ -4,11 +4,12 @@ from typing import Any
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.cli.options import flags_from
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.merge.config import MergeSettings
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = App()
 
 
 def merge(settings: MergeSettings) -> None:

@@ -33,7 +33,7 @@ def flags_from(
         @wraps(function)
         def command(config: Path | None = None, **flags: Any) -> None:
             given = {name: value for name, value in flags.items() if value not in (None, [])}
-            function(load_settings(kind, config, given))
+            function(load_settings(kind, config, given, arguments))
 
         parameters = [
             # An alias is for a name that pydantic keeps for itself, such as `json`.
@@ -82,7 +82,9 @@ def _help(field: Any) -> str:
     default = field.default
     if isinstance(default, bool):
         default = "on" if default else "off"
-    return f"{text} (default: {default})"
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f"{text} [default: {default}]"
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -4,12 +4,13 @@ import json
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.cli.options import flags_from
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.plan.config import PlanSettings
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = App()
 
 
 def plan(settings: PlanSettings) -> None:

@@ -1,11 +1,10 @@
 """`qlora-serve serve`."""
 
-import typer
-
+from qlora_serve.cli.help import App
 from qlora_serve.cli.options import flags_from
 from qlora_serve.serve.config import ServeSettings
 
-app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+app = App()
 
 _LIMITS = "Limits"
 _PANELS = dict.fromkeys(("max_model_len", "max_sequences", "max_step_tokens", "kv_memory"), _LIMITS)

@@ -4,12 +4,13 @@ import json
 
 import typer
 
+from qlora_serve.cli.help import App
 from qlora_serve.cli.options import flags_from
 from qlora_serve.cli.output import libraries_on_stderr
 from qlora_serve.errors import TrainError
 from qlora_serve.train.sweep_config import SweepSettings
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+app = App()
 
 
 def sweep(settings: SweepSettings) -> None:

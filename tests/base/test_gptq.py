@@ -205,7 +205,7 @@ def test_prepare_writes_a_copy_that_knows_its_original(base, tmp_path):
     rows.write_text(json.dumps({"text": "The quick brown fox."}) + "\n\n" + json.dumps(message))
     arguments = [
         *("base", "prepare", str(base), "--quantize", "gptq", "--output", str(tmp_path / "copy")),
-        *("--bits", "8", "--group-size", "64", "--no-symmetric", "--calibration", str(rows)),
+        *("--gptq-bits", "8", "--group-size", "64", "--no-symmetric", "--calibration", str(rows)),
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -269,8 +269,8 @@ def test_a_small_model_is_nearer_to_itself_than_with_rounding(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--bits", "5"], "--bits 5: expected 2, 3, 4 or 8"),
-        (["--group-size", "100"], "--group-size 100: expected -1, or a power of two"),
+        (["--gptq-bits", "5"], "--gptq-bits 5: expected 2, 3, 4 or 8"),
+        (["--group-size", "100"], "--gptq-group-size 100: expected -1, or a power of two"),
         (["--calibration", "/nowhere.jsonl"], "cannot read the calibration file /nowhere.jsonl"),
         (["--calibration", "{bad}"], 'bad.jsonl:2: expected {"messages": [...]} or'),
         (["--calibration", "{empty}"], "empty.jsonl holds no rows"),
@@ -292,4 +292,4 @@ def test_prepare_says_what_is_wrong(base, arguments, words, tmp_path):
 def test_flags_of_gptq_are_for_gptq(base):
     result = CliRunner().invoke(app, ["base", "prepare", str(base), "--bits", "4"])
     assert isinstance(result.exception, ConfigError)
-    assert "--bits is for --quantize gptq only" in str(result.exception)
+    assert "--gptq-bits is for --quantize gptq only" in str(result.exception)

@@ -1,16 +1,17 @@
 """The front door: quick help with examples, and one line for each mistake."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
-COMMANDS = [
-    [], ["train"], ["serve"], ["merge"], ["adapters"], ["adapters", "list"], ["adapters", "show"],
-    ["adapters", "check"], ["compare"], ["chat"], ["base"], ["base", "prepare"],
-    ["data"], ["data", "check"],
-    ["plan"], ["eval"], ["sweep"],
-]  # fmt: skip
+from qlora_serve.cli.main import app, main
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "fastapi", "uvicorn", "numpy", "pandas")
 
@@ -21,22 +22,46 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_has_examples_and_loads_nothing_heavy(command) -> None:
+def commands(command=None, path=()) -> Iterator[tuple[tuple[str, ...], Any, bool]]:
+    """Every command, its words before it, and whether it is a command of commands."""
+    command = command or typer.main.get_command(app)
+    yield path, command, isinstance(command, TyperGroup)
+    if isinstance(command, TyperGroup):
+        for name in command.list_commands(None):
+            yield from commands(command.get_command(None, name), (*path, name))
+
+
+def test_no_help_loads_anything_heavy() -> None:
+    paths = [path for path, _, _ in commands()]
+    assert len(paths) > 30
     code = (
-        "import sys, atexit\n"
-        f"heavy = {HEAVY!r}\n"
-        "atexit.register(lambda: print('LOADED', [m for m in heavy if m in sys.modules]))\n"
-        f"sys.argv = ['qlora-serve', *{command!r}, '--help']\n"
-        "from qlora_serve.cli.main import main\n"
-        "main()\n"
+        "import sys\n"
+        "from qlora_serve.cli.main import app\n"
+        f"for path in {paths!r}:\n"
+        "    app([*path, '--help'], standalone_mode=False)\n"
+        f"    print('LOADED', path, [m for m in {HEAVY!r} if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "LOADED []" in done.stdout
-    if command not in (["adapters"], ["base"], ["data"]):
-        assert "Examples:" in done.stdout
-        assert f"qlora-serve {' '.join(command)}".strip() in done.stdout
+    loaded = [line for line in done.stdout.splitlines() if line.startswith("LOADED")]
+    assert loaded == [f"LOADED {path!r} []" for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("path", "command", "is_group"), [pytest.param(*c, id=" ".join(c[0])) for c in commands()]
+)
+def test_help_shows_every_flag_whole_and_examples(path, command, is_group, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, [*path, "--help"]).stdout
+    words = set(re.split(r"[\s,]+", shown))
+    for parameter in command.params:
+        is_flag = parameter.param_type_name == "option"
+        assert words >= set(parameter.opts + parameter.secondary_opts if is_flag else ())
+        assert is_flag or parameter.metavar in words
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("  --")) <= 80
+    assert "..." not in shown.partition("Commands:")[2]
+    if not is_group or not path:
+        assert f"Examples:\n\n    {' '.join(['qlora-serve', *path])}" in shown
 
 
 def test_version() -> None:
@@ -47,7 +72,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["serve"], 2, "missing: --base"),
+        (["serve"], 2, "missing: BASE (on the command line"),
         (["train", "--base", "x"], 2, "missing: --data, --output"),
         (["dance"], 2, "No such command 'dance'"),
         (["serve", "x", "--port", "many"], 2, "unable to parse"),
@@ -68,11 +93,15 @@ def test_version() -> None:
         (["base", "prepare", "unknown"], 1, "nothing to prepare for 'unknown'"),
     ],
 )
-def test_a_mistake_is_one_clear_line(arguments, code, said, tmp_path) -> None:
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == code
-    assert said in " ".join(done.stderr.split()).replace("│ ", "")
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_clear_line(arguments, code, said, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qlora-serve", *arguments])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    errors = capfd.readouterr().err
+    assert ending.value.code == code
+    assert said in errors
+    assert "Traceback" not in errors
     if code == 1:
-        assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
+        assert len([line for line in errors.splitlines() if "error:" in line]) == 1
     assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ def test_a_revoked_key_stays_listed_and_its_name_is_free(tmp_path, monkeypatch, 
     [
         (["list"], 1, "no keys file at"),
         (["revoke", "x"], 1, "no keys file at"),
-        (["add", "x", "--scope", "root"], 1, "scopes.0: Input should be 'infer' or 'admin'"),
+        (["add", "x", "--scope", "root"], 2, "--scope root: expected infer or admin"),
         (["add", ""], 1, "name: String should have at least 1 character"),
         (["add", "x", "--adapter", "a", "--no-adapters"], 2, "not both"),
         (["add", "x", "--tokens-per-minute", "0"], 2, ""),
