@@ -2,6 +2,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Tests run on one thread each; a worker holds torch, so as many as the machine has memory for.
+WORKERS ?= 2
 
 .PHONY: help install demo test test-all lint bench clean
 
@@ -19,10 +21,10 @@ demo: $(INSTALLED) ## Train two adapters, serve them beside their base, merge on
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## The tests that CI runs
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
-test-all: $(INSTALLED) ## Every test, also the slow and complete ones
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: test ## Every test, also the slow and complete ones, one after another
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(INSTALLED) ## Style, types, import rules, Dockerfile
 	$(BIN)/ruff check .

@@ -46,5 +46,8 @@ def test_where_nothing_is_known_nothing_is_done(monkeypatch: pytest.MonkeyPatch)
     def unreadable(_: Path) -> str:
         raise FileNotFoundError
 
+    trimmed: list[int] = []
     monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr(memory, "_trim", lambda: trimmed.append(1))
     memory.HeapLimit().after_step()
+    assert trimmed == []
