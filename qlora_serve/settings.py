@@ -1,7 +1,7 @@
 """Settings: built once from flags and a YAML file, checked, then frozen."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,30 @@ def load_settings(
             ) from None
         reasons = (_describe(item, kind, file, given) for item in error.errors())
         raise ConfigError("; ".join(dict.fromkeys(reasons))) from None
+
+
+def as_mapping(value: Any, split: Callable[[str, str], tuple[str, str, str]], expected: str) -> Any:
+    """`NAME=VALUE`, once or several times, as a mapping; a mapping stays as it is.
+
+    Args:
+        value: what a flag or a YAML file gave.
+        split: `str.partition`, or `str.rpartition` where names may hold a sign of equality.
+        expected: the form of an item and an example of it, for the message.
+
+    Raises:
+        ValueError: an item is no pair, or a name is given twice.
+    """
+    if isinstance(value, dict):
+        return value
+    pairs: dict[str, str] = {}
+    for item in [value] if isinstance(value, str) else value:
+        name, equals, given = split(str(item), "=")
+        if not (name and equals and given):
+            raise ValueError(f"expected {expected}, not {item!r}")
+        if name in pairs:
+            raise ValueError(f"{name!r} is given twice")
+        pairs[name] = given
+    return pairs
 
 
 def _read_yaml(file: Path, kind: type[Settings]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_serve.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from qlora_serve.adapters.manifest import MANIFEST_FILE
 from qlora_serve.errors import ConfigError
+from qlora_serve.settings import as_mapping
 
 OBJECTS = ".objects"
 """The hidden directory of a store's content; see `store.AdapterStore`."""
@@ -170,19 +171,5 @@ def _plain_signature(folder: Path, path: Path) -> str | None:
 
 
 def named_paths(value: Any) -> Any:
-    """Adapters given as `NAME=DIR`, once or several times, as a mapping; a mapping stays as it is.
-
-    Raises:
-        ValueError: an item is no pair, or a name is given twice.
-    """
-    if isinstance(value, dict):
-        return value
-    pairs: dict[str, str] = {}
-    for item in [value] if isinstance(value, str) else value:
-        name, equals, path = str(item).partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"expected NAME=DIR, such as tagging=adapters/tagging, not {item!r}")
-        if name in pairs:
-            raise ValueError(f"the adapter name {name!r} is given twice")
-        pairs[name] = path
-    return pairs
+    """Adapters given as `NAME=DIR`; see `as_mapping`."""
+    return as_mapping(value, str.partition, "NAME=DIR, such as tagging=adapters/tagging")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qlora_serve.settings import as_mapping
 from qlora_serve.train.data_settings import DataSettings
 
 ALL_LINEAR = "all-linear"
@@ -178,17 +179,8 @@ class TrainSettings(DataSettings):
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return value
-        pairs: dict[str, str] = {}
-        for item in [value] if isinstance(value, str) else value:
-            name, equals, number = str(item).rpartition("=")
-            if not (name and equals and number):
-                raise ValueError(f"expected MODULE=NUMBER, such as q_proj=8, not {item!r}")
-            if name in pairs:
-                raise ValueError(f"{name!r} is given twice")
-            pairs[name] = number
-        return pairs
+        # From the right: a regular expression may hold a sign of its own.
+        return as_mapping(value, str.rpartition, "MODULE=NUMBER, such as q_proj=8")
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

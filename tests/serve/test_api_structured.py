@@ -135,6 +135,7 @@ def test_regex_grammar_and_choice(client, fields, pattern) -> None:
     answer = client.chat.completions.create(
         model="tiny", messages=MESSAGES, n=4, max_tokens=60, extra_body=fields
     )
+    assert len(answer.choices) == 4
     for choice in answer.choices:
         assert choice.finish_reason == "stop"
         assert pattern.fullmatch(choice.message.content), choice.message.content
