@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_serve.cli.help import App
+from qlora_serve.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,27 +120,26 @@ def _print(checked: "CheckedData", show: int) -> None:
     console.rule(style="dim")
     for source in report.sources:
         kind = source.format or "of no known format"
-        console.print(f"{source.name}: {kind}, {source.rows} rows", markup=False)
+        console.print(f"{source.name}: {kind}, {counted(source.rows, 'row', 'rows')}", markup=False)
     counts = report.counts
     share = 100 * counts.trained_tokens / max(counts.tokens, 1)
     whole = any(source.format == "text" for source in report.sources)
     console.print(
-        f"{counts.rows} rows to train on, {counts.tokens:,} tokens, of which "
+        f"{counted(counts.rows, 'row', 'rows')} to train on, {counts.tokens:,} tokens, of which "
         f"{counts.trained_tokens:,} ({share:.0f} %) count in the loss (train_on {report.train_on}"
         + ("; of text rows every token)" if whole else ")")
     )
     if counts.split_chats:
         console.print(
-            f"{counts.split_chats} chats became a row for each answer: the template rewrites "
-            "earlier turns"
+            f"{counted(counts.split_chats, 'chat', 'chats')} became a row for each answer: the "
+            "template rewrites earlier turns"
         )
     _print_lengths(report, console)
     _print_tokens(report, console)
-    _print_list(
-        console, "rows that cannot be used", [str(problem) for problem in report.problems], "red"
-    )
+    problems = [str(problem) for problem in report.problems]
+    _print_list(console, "row that cannot be used", "rows that cannot be used", problems, "red")
     same = [f"{where} = {first}" for where, first in report.duplicates]
-    _print_list(console, "rows that are there twice", same, "yellow")
+    _print_list(console, "row that is there twice", "rows that are there twice", same, "yellow")
     for line in report.warnings:
         console.print(f"[yellow]warning:[/] {_escaped(line)}")
     if not report.fatal and not report.warnings:
@@ -165,7 +165,9 @@ def _row_text(checked: "CheckedData", number: int, colours: bool) -> "Text":
         text = text[:_SHOWN_CHARACTERS]
         text.append(f" … {more} characters more", "italic")
     if row.truncated_tokens:
-        text.append(f"\n✂ {row.truncated_tokens} tokens are cut here", "yellow")
+        text.append(
+            f"\n✂ {counted(row.truncated_tokens, 'token is', 'tokens are')} cut here", "yellow"
+        )
     return text
 
 
@@ -188,7 +190,8 @@ def _print_tokens(report: "DataReport", console: "Console") -> None:
     rows = report.counts.rows + report.counts.dropped_rows
     stops = " or ".join(ends.stop_tokens)
     console.print(
-        f"end token: {stops}; it counts in the loss in {ends.rows_with} of {rows} rows",
+        f"end token: {stops}; it counts in the loss in {ends.rows_with} of "
+        f"{counted(rows, 'row', 'rows')}",
         markup=False,
     )
     if ends.pad_is_stop:
@@ -201,10 +204,10 @@ def _print_tokens(report: "DataReport", console: "Console") -> None:
     console.print(f"special tokens of the chat template: {known} by the base", markup=False)
 
 
-def _print_list(console: "Console", title: str, lines: list[str], style: str) -> None:
+def _print_list(console: "Console", one: str, many: str, lines: list[str], style: str) -> None:
     if not lines:
         return
-    console.print(f"\n[{style}]{len(lines)} {title}:[/]")
+    console.print(f"\n[{style}]{counted(len(lines), one, many)}:[/]")
     for line in lines[:_LISTED]:
         console.print(f"  {line}", markup=False)
     if len(lines) > _LISTED:

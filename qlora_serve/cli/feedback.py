@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qlora_serve.cli.help import App
+from qlora_serve.wording import counted
 
 app = App(no_args_is_help=True)
 
@@ -110,7 +111,7 @@ def export(
         for row in rows:
             print(row)
         return
-    print(f"{_write(output, rows)} rows written to {output}", file=sys.stderr)
+    print(f"{counted(_write(output, rows), 'row', 'rows')} written to {output}", file=sys.stderr)
 
 
 def _write(output: Path, rows: Iterable[str]) -> int:

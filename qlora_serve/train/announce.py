@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_serve.adapters.manifest import Manifest
 from qlora_serve.train.config import TrainSettings
 from qlora_serve.train.prepare import PreparedData, RunData, describe_counts
+from qlora_serve.wording import counted
 
 if TYPE_CHECKING:
     from qlora_serve.base.load import LoadedBase
@@ -87,8 +88,9 @@ def report_end(settings: TrainSettings, manifest: Manifest, report: Report) -> N
     loss = metrics.get("eval_loss")
     held_out = "" if loss is None else f"; on held-out rows {loss:.4f}"
     report(
-        f"saved {settings.output}: {metrics['steps']} steps in {metrics['seconds']:.0f} s, loss "
-        f"{metrics['first_loss']:.4f} to {metrics['last_loss']:.4f}{held_out}"
+        f"saved {settings.output}: {counted(metrics['steps'], 'step', 'steps')} in "
+        f"{metrics['seconds']:.0f} s, loss {metrics['first_loss']:.4f} to "
+        f"{metrics['last_loss']:.4f}{held_out}"
     )
     output, name = shlex.quote(str(settings.output)), settings.output.name
     quantization = settings.quantization

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qlora_serve.adapters.manifest import Manifest
+from qlora_serve.wording import counted
 
 
 def model_card(name: str, manifest: Manifest, parameters: dict[str, Any] | None = None) -> str:
@@ -28,8 +29,9 @@ def model_card(name: str, manifest: Manifest, parameters: dict[str, Any] | None 
 
 
 def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> list[str]:
-    metrics, data = manifest.metrics, manifest.data
+    metrics = manifest.metrics
     loss = metrics.get("eval_loss")
+    rows = counted(manifest.data.get("rows", 0), "row", "rows")
     held_out = "" if loss is None else f", and is {loss:.3f} on held-out rows"
     on = (
         ""
@@ -63,7 +65,7 @@ def _lines(name: str, manifest: Manifest, parameters: dict[str, Any] | None) -> 
         "",
         "## Training details",
         "",
-        f"{data.get('rows', '?')} rows, {metrics['steps']} steps; the loss went from "
+        f"{rows}, {counted(metrics['steps'], 'step', 'steps')}; the loss went from "
         f"{metrics['first_loss']:.3f} to {metrics['last_loss']:.3f}{held_out}. "
         "`report.html` shows how, `recipe.yaml` makes the adapter again, and `qlora_serve.json` "
         "holds every setting.",

@@ -4,6 +4,7 @@ The tokens are made by the same functions as in training. Of the base only its t
 configs and its embeddings are read.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,9 +15,11 @@ from qlora_serve.train.data import ChatData, ChatRow, SourceSummary, duplicates
 from qlora_serve.train.dataset import DataCounts, TokenizedData, TokenizeSettings, tokenize_data
 from qlora_serve.train.masks import TokenizedRow
 from qlora_serve.train.sources import Problem
+from qlora_serve.wording import counted
 
 _BUCKETS = 10
 _NAMED = 3
+_PLACE = re.compile(r"(?P<file>.*), (?:line|row) (?P<number>\d+)")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def check_data(data: ChatData, source: BaseSource, settings: TokenizeSettings) -
         counts=tokens.counts(),
         longest=max((len(r.input_ids) + r.truncated_tokens for r in tokens.rows), default=0),
         lengths=length_histogram(len(r.input_ids) + r.truncated_tokens for r in tokens.rows),
-        problems=[*data.problems, *tokens.problems],
+        problems=in_order([*data.problems, *tokens.problems]),
         duplicates=[(row.where, first.where) for row, first in duplicates(data.rows)],
         ends=find_ends(data.rows, tokens, tokenizer, settings.stop_ids),
         beyond_vocabulary=beyond_vocabulary(tokens.rows, tokenizer, size),
@@ -122,6 +125,18 @@ def check_data(data: ChatData, source: BaseSource, settings: TokenizeSettings) -
     report.fatal.extend(fatal_lines(report))
     report.warnings.extend(warning_lines(report))
     return CheckedData(report, data.rows, tokens, tokenizer)
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems by file and line, whatever found them."""
+    files: dict[str, int] = {}
+
+    def place(problem: Problem) -> tuple[int, int]:
+        match = _PLACE.match(problem.where)
+        assert match, problem.where
+        return files.setdefault(match["file"], len(files)), int(match["number"])
+
+    return sorted(problems, key=place)
 
 
 def stop_ids_of(source: BaseSource, tokenizer: Any) -> frozenset[int]:
@@ -207,7 +222,7 @@ def fatal_lines(report: DataReport) -> list[str]:
     """What training stops at."""
     lines = []
     if report.problems:
-        lines.append(f"{len(report.problems)} rows cannot be used")
+        lines.append(f"{counted(len(report.problems), 'row', 'rows')} cannot be used")
     if not report.counts.rows:
         lines.append(f"nothing is left to learn within {report.max_length} tokens")
     if report.beyond_vocabulary:
@@ -231,17 +246,17 @@ def row_warnings(counts: DataCounts, max_length: int, same: Sequence[tuple[Any, 
     """Of rows that are cut, dropped or there twice."""
     lines = []
     if counts.cut_rows:
+        longer = counted(counts.cut_rows, "row is", "rows are")
+        lost = counted(counts.cut_tokens, "token is", "tokens are")
         lines.append(
-            f"{counts.cut_rows} rows are longer than {max_length} tokens and lose "
-            f"{counts.cut_tokens} at their ends; raise --max-length to keep them"
+            f"{longer} longer than {max_length} tokens, and {lost} cut; raise --max-length to keep "
+            "all of them"
         )
     if counts.dropped_rows:
-        lines.append(
-            f"{counts.dropped_rows} rows are dropped: within {max_length} tokens there is nothing "
-            "to learn"
-        )
+        dropped = counted(counts.dropped_rows, "row is", "rows are")
+        lines.append(f"{dropped} dropped: within {max_length} tokens there is nothing to learn")
     if same:
-        lines.append(f"{len(same)} rows say the same as an earlier one")
+        lines.append(f"{counted(len(same), 'row says', 'rows say')} the same as an earlier one")
     return lines
 
 
@@ -252,9 +267,9 @@ def end_warnings(ends: EndTokens, train_on: str) -> list[str]:
     named = ", ".join(ends.rows_without[:_NAMED])
     more = len(ends.rows_without) - _NAMED
     return [
-        f"{len(ends.rows_without)} rows hold no end token ({' or '.join(ends.stop_tokens)}), so "
-        f"that the model does not learn to stop there: {named}"
-        + (f" and {more} more" if more > 0 else "")
+        f"{counted(len(ends.rows_without), 'row holds', 'rows hold')} no end token "
+        f"({' or '.join(ends.stop_tokens)}), so that the model does not learn to stop there: "
+        f"{named}" + (f" and {more} more" if more > 0 else "")
     ]
 
 
@@ -275,13 +290,14 @@ def training_warnings(
         trained = {row.content_key() for row in train.rows}
         shared = sum(row.content_key() in trained for row in evaluation.rows)
         if shared:
-            lines.append(f"{shared} of the rows to evaluate on are trained on too")
+            both = counted(shared, "row to evaluate on is", "rows to evaluate on are")
+            lines.append(f"{both} trained on too")
     return lines
 
 
 def _beyond(tokens: Sequence[str]) -> str:
     named = ", ".join(tokens[:_NAMED]) + (" ..." if len(tokens) > _NAMED else "")
     return (
-        f"{len(tokens)} tokens of the rows lie beyond the base's embeddings ({named}): tokenizer "
-        "and weights do not belong together"
+        f"{counted(len(tokens), 'token lies', 'tokens lie')} beyond the base's embeddings "
+        f"({named}): tokenizer and weights do not belong together"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_serve.errors import DataError
 from qlora_serve.train.formats import Format, Message, RowError, read_row
 from qlora_serve.train.sources import Problem, Source, open_source
+from qlora_serve.wording import counted
 
 __all__ = ["ChatData", "ChatRow", "Message", "hold_out", "read_chats", "read_sources", "weighted"]
 
@@ -91,7 +92,8 @@ def require_usable(data: ChatData) -> ChatData:
     """
     if data.problems:
         first, *others = data.problems
-        more = f" ({len(others)} more rows cannot be used; `data check` lists them)"
+        count = counted(len(others), "more row", "more rows")
+        more = f" ({count} cannot be used; `data check` lists them)"
         raise DataError(f"{first}{more if others else ''}")
     return data
 

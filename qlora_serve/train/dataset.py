@@ -12,6 +12,7 @@ from qlora_serve.train.data_settings import TrainOn
 from qlora_serve.train.masks import TokenizedRow, prompt_ids, tokenize_chat, tokenize_text
 from qlora_serve.train.sources import Problem
 from qlora_serve.train.token_cache import TokenCache
+from qlora_serve.wording import counted
 
 IGNORED = -100
 """The label of a position that does not count in the loss."""
@@ -145,7 +146,8 @@ def tokenize_usable(
     made = tokenize_data(data.rows, settings, cache)
     if made.problems:
         first, *others = made.problems
-        more = f" ({len(others)} more rows cannot be rendered; `data check` lists them)"
+        count = counted(len(others), "more row", "more rows")
+        more = f" ({count} cannot be rendered; `data check` lists them)"
         raise DataError(f"{first}{more if others else ''}")
     if not made.kept():
         raise DataError(

@@ -123,7 +123,7 @@ def _read_conversations(row: Mapping[str, Any]) -> RowContent:
             raise RowError(f'is {kind_of(turn)}; expected {{"from": ..., "value": ...}}', place)
         if "from" in turn or "value" in turn:
             extra = _extra(turn, ("from", "value", "loss"))
-            if turn.get("loss") is False:
+            if turn.get("loss") is not None and not turn["loss"]:
                 extra = ["loss", *extra]
             if extra:
                 raise RowError(f"has {', '.join(extra)}; only from and value are known", place)
@@ -281,7 +281,9 @@ def _check_message(message: Any, place: str) -> Message:
 
 
 def _extra(message: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:
-    return sorted(str(key) for key in message if key not in known and message[key])
+    # A weight of 0 says something; null, as Parquet fills keys up, and what is empty do not.
+    nothing: tuple[Any, ...] = (None, "", [], {})
+    return sorted(str(k) for k, value in message.items() if k not in known and value not in nothing)
 
 
 def _content(message: Mapping[str, Any], role: str, place: str) -> str:

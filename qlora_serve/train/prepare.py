@@ -15,6 +15,7 @@ from qlora_serve.train.data import (
 )
 from qlora_serve.train.data_settings import DataSettings
 from qlora_serve.train.sources import Source
+from qlora_serve.wording import counted
 
 # torch takes seconds to import; what reads and checks files needs none of it.
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ class RunData:
         lines = []
         for source in self.train.sources:
             weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-            lines.append(f"data: {source.name} is {source.format}, {source.rows} rows{weight}")
+            rows = counted(source.rows, "row", "rows")
+            lines.append(f"data: {source.name} is {source.format}, {rows}{weight}")
         if self.evaluation is not None:
-            lines.append(f"evaluation: {len(self.evaluation.rows)} rows are held out")
+            held = counted(len(self.evaluation.rows), "row is", "rows are")
+            lines.append(f"evaluation: {held} held out")
         return lines
 
 
@@ -145,18 +148,21 @@ def prepare_data(
 def describe_counts(counts: "DataCounts") -> str:
     """What is trained on, in a line."""
     line = (
-        f"data: {counts.rows} rows, {counts.tokens} tokens, of which {counts.trained_tokens} "
-        "count in the loss"
+        f"data: {counted(counts.rows, 'row', 'rows')}, {counts.tokens} tokens, of which "
+        f"{counts.trained_tokens} count in the loss"
     )
     if counts.split_chats:
         line += (
-            f"; {counts.split_chats} chats became a row for each answer, as the template rewrites "
-            "earlier turns"
+            f"; {counted(counts.split_chats, 'chat', 'chats')} became a row for each answer, as "
+            "the template rewrites earlier turns"
         )
     if counts.cut_rows:
-        line += f"; {counts.cut_rows} rows were cut by {counts.cut_tokens} tokens"
+        line += f"; {counted(counts.cut_rows, 'row was', 'rows were')} cut by "
+        line += f"{counted(counts.cut_tokens, 'token', 'tokens')}"
     if counts.dropped_rows:
-        line += f"; {counts.dropped_rows} rows dropped, as the cut left no answer"
+        line += (
+            f"; {counted(counts.dropped_rows, 'row', 'rows')} dropped, as the cut left no answer"
+        )
     return line
 
 

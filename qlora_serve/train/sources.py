@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_serve.errors import DataError
+from qlora_serve.wording import counted
 
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>\d+(?:\.\d+)?|\.\d+)")
@@ -171,7 +172,9 @@ def _table(path: Path, content: bytes) -> Iterator[tuple[Any, str] | Problem]:
             if not columns:
                 columns = [name.strip().lower() for name in cells]
             elif len(cells) != len(columns):
-                yield Problem(where, f"has {len(cells)} cells; expected {len(columns)}")
+                yield Problem(
+                    where, f"has {counted(len(cells), 'cell', 'cells')}; expected {len(columns)}"
+                )
             else:
                 yield dict(zip(columns, cells, strict=True)), where
     except csv.Error as error:
@@ -244,6 +247,10 @@ def _decode(content: bytes) -> str:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        # Of one line of a file, the file's line has been named already.
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"is not JSON: {error.msg} ({line}column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {error}") from None
 

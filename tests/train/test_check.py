@@ -73,17 +73,17 @@ def test_everything_that_is_wrong_is_listed(base: Path, tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     report = _report(base, path, max_length=40)
     assert [problem.where for problem in report.problems] == [
-        f"{path}, line 3", f"{path}, line 7", f"{path}, line 6:",
+        f"{path}, line 3", f"{path}, line 6:", f"{path}, line 7",
     ]  # fmt: skip
-    assert "unknown role tool" in report.problems[2].reason
+    assert "unknown role tool" in report.problems[1].reason
     assert report.duplicates == [(f"{path}, line 2", f"{path}, line 1")]
     counts = report.counts
     assert (counts.rows, counts.cut_rows, counts.dropped_rows) == (3, 2, 1)
     assert report.fatal == ["3 rows cannot be used"]
     found = " | ".join(report.warnings)
     assert "2 rows are longer than 40 tokens" in found
-    assert "1 rows are dropped" in found
-    assert "1 rows say the same" in found
+    assert "1 row is dropped" in found
+    assert "1 row says the same" in found
 
 
 def test_texts_that_never_end_are_warned_of(base: Path, tmp_path: Path) -> None:

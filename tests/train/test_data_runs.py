@@ -87,7 +87,7 @@ def test_files_of_several_formats_mix_and_are_named(base: Path, data: Path, tmp_
         str(data), str(table), str(texts),
     ]  # fmt: skip
     assert result.manifest.recipe["data"] == sources
-    assert any("warning: 1 rows hold no end token" in line for line in lines)
+    assert any("warning: 1 row holds no end token" in line for line in lines)
 
 
 def test_rows_are_held_out(base: Path, data: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_tokens_are_remembered_by_their_content(
 def test_bad_rows_stop_a_run_before_torch_is_needed(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": chat("a", "b")}) + "\n{\n[]\n")
-    with pytest.raises(DataError, match=r"line 2 is not JSON.*\(1 more rows"):
+    with pytest.raises(DataError, match=r"line 2 is not JSON.*\(1 more row"):
         _train(base, path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,7 @@ from qlora_serve.train.data import ChatRow, read_chats
 from qlora_serve.train.evaluate.config import EvalSettings
 from qlora_serve.train.evaluate.scores import Scorer, is_json_object
 from qlora_serve.train.evaluate.statistics import bootstrap, holm, paired_p_value
+from qlora_serve.wording import counted
 
 if TYPE_CHECKING:
     from qlora_serve.base.load import LoadedBase
@@ -100,7 +101,8 @@ def evaluate(settings: EvalSettings, report: Report) -> Evaluation:
     _refuse_own_tokens(adapters, base)
     rows = _tokenize(settings, base, chats, references)
     if len(rows) < len(chats):
-        report(f"{len(chats) - len(rows)} rows left out: their answers lie past --max-length")
+        left_out = counted(len(chats) - len(rows), "row is", "rows are")
+        report(f"{left_out} left out, with an answer that lies past --max-length")
     results = {BASE: _measure(BASE, base, base.model, rows, scorer, settings, ())}
     for name, adapter in adapters.items():
         _warn_of_other_base(name, adapter, base, report)

@@ -10,6 +10,7 @@ from qlora_serve.errors import AdapterError, QloraServeError
 from qlora_serve.train.card import model_card
 from qlora_serve.train.report.charts import curve
 from qlora_serve.train.report.recipe import RECIPE_FILE, recipe_text
+from qlora_serve.wording import counted
 
 REPORT_FILE = "report.html"
 LOG_FILE = "training_log.json"
@@ -300,7 +301,8 @@ def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:
 def _source(source: dict[str, Any]) -> str:
     weight = source.get("weight", 1)
     weighed = "" if weight == 1 else f", weight {weight:g}"
-    return f"{source['name']}: {source.get('format')}, {source.get('rows'):,} rows{weighed}"
+    rows = counted(source.get("rows", 0), "row", "rows")
+    return f"{source['name']}: {source.get('format')}, {rows}{weighed}"
 
 
 def _environment(manifest: Manifest, log: dict[str, Any]) -> list[tuple[str, str]]:
