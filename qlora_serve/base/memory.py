@@ -24,19 +24,22 @@ class HeapLimit:
     """Keeps a heap from creeping upwards while steps of changing sizes leave gaps in it."""
 
     def __init__(self) -> None:
-        self._first: int | None = None
+        self._usual: int | None = None
+        self._steps = 0
 
     def after_step(self) -> None:
-        """Gives free pages back where the process has grown beyond its first step.
+        """Gives free pages back where the process has grown beyond its first two steps.
 
-        The next step has to ask for them again, so that this is not done each time.
+        The next step has to ask for them again, so that this is not done each time. The optimizer
+        makes its state after the first step, so that one step alone would say too little.
         """
         held = _resident()
         if held is None:
             return
-        if self._first is None:
-            self._first = held
-        elif held > self._first * _GROWTH:
+        self._steps += 1
+        if self._usual is None or self._steps <= 2:
+            self._usual = max(held, self._usual or 0)
+        elif held > self._usual * _GROWTH:
             _trim()
 
 

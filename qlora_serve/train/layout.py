@@ -30,6 +30,8 @@ Kind = Literal["flat", "packed", "padded"]
 # A CPU gains nothing from longer lines, and every token more is memory: a flat line is computed in
 # pieces of about this many tokens, whose gradients add up to that of the whole.
 _PIECE_TOKENS = 512
+# Who quantizes a base wants less memory, even at the cost of decoding its weights more often.
+_LEAN_PIECE_TOKENS = 192
 
 _PROBE_ROWS = (5, 9)
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -41,7 +43,9 @@ Batch = dict[str, Tensor]
 class Layout:
     """The layout of a model's batches."""
 
-    def __init__(self, model: Any, packing: bool, will_split: bool = False) -> None:
+    def __init__(
+        self, model: Any, packing: bool, will_split: bool = False, lean: bool = False
+    ) -> None:
         """Finds out what the model can do.
 
         Args:
@@ -49,6 +53,7 @@ class Layout:
             packing: whether rows are to lie in one line.
             will_split: whether its weights are about to be split over processes, so that only the
                 model's own forward pass finds the output head's whole.
+            lean: whether memory matters more than time: smaller pieces.
 
         Raises:
             ConfigError: packing was asked for, and rows would see each other.
@@ -57,6 +62,7 @@ class Layout:
         self._head = causal.get_output_embeddings()
         self._attention: RowAttention | None = None
         self._in_pieces = causal.device.type == "cpu" and _processes() == 1
+        self._lean = lean
         self.kind = self._find_kind(causal, packing)
         self.collate = _COLLATE[self.kind]
         self._form = None if will_split else self._find_form(causal)
@@ -82,7 +88,7 @@ class Layout:
         spans = row_spans(inputs["position_ids"])
         return [
             {name: value[:, first:last] for name, value in inputs.items()}
-            for first, last in even_pieces(spans, _PIECE_TOKENS)
+            for first, last in even_pieces(spans, piece_tokens(self._lean))
         ]
 
     def _find_kind(self, model: Any, packing: bool) -> Kind:
@@ -119,6 +125,11 @@ class Layout:
         # A trained bias is float32 in a base of 16 bits; the layer itself knows how to add it.
         mixed = weight is not None and bias is not None and bias.dtype != weight.dtype
         return None if shared or mixed else find_head_form(model, self._head)
+
+
+def piece_tokens(lean: bool) -> int:
+    """About how many tokens a CPU computes at once; see `Layout`."""
+    return _LEAN_PIECE_TOKENS if lean else _PIECE_TOKENS
 
 
 def even_pieces(spans: Sequence[tuple[int, int]], limit: int) -> list[tuple[int, int]]:

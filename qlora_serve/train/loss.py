@@ -175,13 +175,16 @@ class _HeadLoss(torch.autograd.Function):
         for first in range(0, len(targets), rows):
             part, wanted = hidden[first : first + rows], targets[first : first + rows]
             logits = form.apply(linear(part, weight, bias))  # [rows, vocabulary]
-            sums = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (sums - logits.gather(1, wanted[:, None])).sum()
+            chosen, top = logits.gather(1, wanted[:, None]), logits.amax(1, keepdim=True)
+            # In place where nothing else needs the logits: this is the largest tensor of a step.
+            # torch's logsumexp would make another one of its size.
+            source = logits if form.cap is None else logits.clone()
+            gradient = source.sub_(top).exp_()
+            sums = gradient.sum(1, keepdim=True)
+            total += (sums.log() + top - chosen).sum()
             if not any(needs):
                 continue
-            # In place where nothing else needs the logits: this is the largest tensor of a step.
-            source = logits if form.cap is None else logits.clone()
-            gradient = source.sub_(sums).exp_()
+            gradient /= sums
             gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
             gradient = form.backward_(gradient, logits).to(weight.dtype)
             if hidden_gradient is not None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _PROBES = 8
 _PROBE_TOKENS = 256
+_KERNELS = "32"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def train(settings: TrainSettings, report: Report) -> TrainResult:
             begun a checkpoint was saved.
     """
     _let_waiting_threads_sleep()
+    _keep_few_kernels()
     with terminate_as_interrupt():
         inputs = check_inputs(settings)
         if needs_launch(settings) and not is_worker():
@@ -95,6 +97,17 @@ def _let_waiting_threads_sleep() -> None:
     was half as fast as with threads that sleep. OpenMP reads this when torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _keep_few_kernels() -> None:
+    """Keeps oneDNN from collecting compiled products, unless the user has chosen.
+
+    A step compiles some fifteen of them for its number of tokens, half a megabyte each, and the
+    next step has another number. oneDNN and torch's layer above it keep the last 1024 each; what a
+    layer needs is used again in the next layer. Both read this when they are first used.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KERNELS)
 
 
 def _silent(_: str) -> None:

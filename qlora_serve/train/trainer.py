@@ -144,7 +144,7 @@ class OurTrainer(Trainer):
         # Who quantizes a base wants less memory, even at the cost of asking for pages again.
         lean = run.settings.quantization != "none" and run.model.device.type == "cpu"
         self.heap = HeapLimit() if lean else None
-        self.layout = Layout(run.model, run.settings.packing, run.settings.fsdp)
+        self.layout = Layout(run.model, run.settings.packing, run.settings.fsdp, lean)
         if run.settings.fsdp:
             fsdp.untie_originals(run.model)
         super().__init__(

@@ -72,7 +72,7 @@ def _step(layout: Layout, model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["flat", "pieces", "packed", "fast"])
+@pytest.mark.parametrize("form", ["flat", "pieces", "lean", "packed", "fast"])
 def test_a_packed_step_equals_the_rows_alone(
     tmp_path: Path, kind: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,12 +85,12 @@ def test_a_packed_step_equals_the_rows_alone(
     assert len(dataset) < len(rows)
     if form == "packed":  # as where this attention is not the model's
         monkeypatch.setattr(layout_module.Layout, "_try_rows", lambda *_: False)
-    layout = Layout(model, packing=True)
+    layout = Layout(model, packing=True, lean=form == "lean")
     assert layout.kind == ("packed" if form == "packed" else "flat")
     if form == "pieces":
         monkeypatch.setattr(layout_module, "_PIECE_TOKENS", 100)
     batch = layout.collate([dataset[i] for i in range(len(dataset))])
-    assert len(layout.pieces(batch)) == (4 if form == "pieces" else 1)
+    assert len(layout.pieces(batch)) == {"pieces": 4, "lean": 2}.get(form, 1)
     if form == "fast":
         with fast_lora(model) as replaced:
             assert replaced == sum("lora_A" in name for name in expected)

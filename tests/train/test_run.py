@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_long_rows_are_cut_dropped_and_counted(base: Path, tmp_path: Path) -> No
     result, lines = _train(base, data, tmp_path / "out", max_length=40, max_steps=1)
     counts = result.manifest.data
     assert (counts["rows"], counts["cut_rows"], counts["dropped_rows"]) == (2, 2, 1)
-    assert any("2 rows were cut" in line and "1 rows dropped" in line for line in lines)
+    assert any("2 rows were cut" in line and "1 row dropped" in line for line in lines)
     with pytest.raises(DataError, match="all 3 rows were cut to 5 tokens"):
         _train(base, data, tmp_path / "none", max_length=5)
 
@@ -294,3 +295,15 @@ def test_settings_are_checked() -> None:
     for name, value in bad.items():
         with pytest.raises(ValueError, match=name):
             TrainSettings(**good, **{name: value})
+
+
+def test_kernels_are_not_collected_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_serve.train.run import _keep_few_kernels
+
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    _keep_few_kernels()
+    kept = os.environ.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY"), os.environ["LRU_CACHE_CAPACITY"]
+    assert kept == ("32", "7")

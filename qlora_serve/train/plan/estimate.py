@@ -136,7 +136,8 @@ class Planner:
             on_cpu = self.device == "cpu"
             rows, pieces = variant.micro_batch, 1
             if on_cpu:  # a line of rows is computed in pieces, whose gradients add up
-                rows, pieces = piece_rows(variant.micro_batch, variant.length)
+                lean = variant.how.kind not in ("none", self.source.quantization)
+                rows, pieces = piece_rows(variant.micro_batch, variant.length, lean)
             positions = rows * (variant.length - 1)
             step = Step(
                 rows=rows,

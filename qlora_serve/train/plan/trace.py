@@ -146,12 +146,12 @@ def _hidden(model: Any, inputs: dict[str, Any], positions: torch.Tensor) -> torc
     return taken.pop()
 
 
-def piece_rows(rows: int, length: int) -> tuple[int, int]:
+def piece_rows(rows: int, length: int, lean: bool) -> tuple[int, int]:
     """The rows of the largest piece of a line of rows, and how many pieces there are."""
-    from qlora_serve.train.layout import _PIECE_TOKENS, even_pieces
+    from qlora_serve.train.layout import even_pieces, piece_tokens
 
     spans = [(row * length, (row + 1) * length) for row in range(rows)]
-    pieces = even_pieces(spans, _PIECE_TOKENS)
+    pieces = even_pieces(spans, piece_tokens(lean))
     return max(last - first for first, last in pieces) // length, len(pieces)
 
 
