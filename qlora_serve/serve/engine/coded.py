@@ -11,7 +11,7 @@ from qlora_serve.base.gptq import is_gptq
 from qlora_serve.serve.engine.host_memory import Arena
 
 PANEL = 32
-"""Outputs of a panel; kernels.cpp has the same number."""
+"""Outputs of a panel; panels.h has the same number."""
 _GPTQ_BITS = (2, 4, 8)
 _LEAST_GROUP = 16
 _ONE_GROUP = 62  # a shift that leaves no input in another group

@@ -26,7 +26,7 @@ Signature = tuple[tuple[int, ...], ...]
 
 _SETTLED_NS = 2_000_000_000
 """A file that changed more recently may change again within the same tick of its time."""
-_BLOCK = 16  # kernels.cpp's vector: outputs are filled up to it
+_BLOCK = 16  # vectors.h's vector: outputs are filled up to it
 _FLOAT32 = 4
 _CACHE_FORMAT = 1
 """Goes up with every change of what an identity is a hash of."""

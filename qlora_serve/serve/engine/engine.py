@@ -140,6 +140,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self.runner.begin_steps()
             while self._take_inbox():
                 self._is_busy = self.step()
         except BaseException as error:

@@ -40,8 +40,6 @@ class NativeUpdates:
     """Groups of a layer."""
     stride: int
     """Bytes from one layer's groups to the next's."""
-    low: Tensor
-    """Scratch for the low-rank products of one layer."""
     leaves_some: bool
     """Whether an adapter has updates that are not plain, which are left to Python."""
     keep: Any
@@ -76,19 +74,17 @@ class NativeLinear(nn.Module):
         """
         output = hidden.new_empty(*hidden.shape[:-1], self.out_features)
         if updates is None:
-            self.call_kernel(hidden, output, None, 0, None)
+            self.call_kernel(hidden, output, None, 0)
         else:
             groups = updates.groups + index * updates.stride
-            self.call_kernel(hidden, output, groups, updates.count, updates.low.data_ptr())
+            self.call_kernel(hidden, output, groups, updates.count)
         return output
 
     def by_torch(self, hidden: Tensor) -> Tensor:
         """The same without the kernel."""
         raise NotImplementedError
 
-    def call_kernel(
-        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
-    ) -> None:
+    def call_kernel(self, hidden: Tensor, output: Tensor, groups: int | None, count: int) -> None:
         """Fills `output`."""
         raise NotImplementedError
 
@@ -109,14 +105,12 @@ class FastLinear(NativeLinear):
         """See `NativeLinear`."""
         return F.linear(hidden, self.weight, self.bias)
 
-    def call_kernel(
-        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
-    ) -> None:
+    def call_kernel(self, hidden: Tensor, output: Tensor, groups: int | None, count: int) -> None:
         """See `NativeLinear`."""
         weight, bias = self._tensors
         self._kernel(
             hidden.data_ptr(), hidden.shape[-2], self.in_features, weight.data_ptr(),
-            _pointer(bias), output.data_ptr(), self.out_features, groups, count, low,
+            _pointer(bias), output.data_ptr(), self.out_features, groups, count,
         )  # fmt: skip
 
 
@@ -145,14 +139,12 @@ class PanelLinear(NativeLinear):
         """See `NativeLinear`."""
         return F.linear(hidden, self.weight, self.bias)
 
-    def call_kernel(
-        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
-    ) -> None:
+    def call_kernel(self, hidden: Tensor, output: Tensor, groups: int | None, count: int) -> None:
         """See `NativeLinear`."""
         weight, bias = self._tensors
         self._kernel(
             hidden.data_ptr(), hidden.shape[-2], self.in_features, weight.data_ptr(),
-            _pointer(bias), output.data_ptr(), self.out_features, groups, count, low,
+            _pointer(bias), output.data_ptr(), self.out_features, groups, count,
         )  # fmt: skip
 
 
@@ -195,16 +187,14 @@ class CodedLinear(NativeLinear):
         """See `NativeLinear`; decodes the layer once for all rows."""
         return F.linear(hidden.float(), self.weight, self.bias)
 
-    def call_kernel(
-        self, hidden: Tensor, output: Tensor, groups: int | None, count: int, low: int | None
-    ) -> None:
+    def call_kernel(self, hidden: Tensor, output: Tensor, groups: int | None, count: int) -> None:
         """See `NativeLinear`."""
         order = self._weights.order
         ordered = hidden if order is None else hidden.index_select(-1, order)
         self._kernel(
             ordered.data_ptr(), hidden.data_ptr(), hidden.shape[-2], self.in_features,
             *self._layout, _pointer(self.bias), output.data_ptr(), self.out_features,
-            groups, count, low,
+            groups, count,
         )  # fmt: skip
 
 

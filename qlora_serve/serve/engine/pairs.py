@@ -13,7 +13,7 @@ from qlora_serve.serve.engine.host_memory import Arena, huge_pages
 from qlora_serve.serve.engine.kernels.native import Kernels
 from qlora_serve.serve.engine.updates import add_update
 
-_BLOCK = 16  # kernels.cpp's vector
+_BLOCK = 16  # vectors.h's vector
 _LINE = 32  # numbers in two cache lines, where matrices begin
 _UPDATE = np.dtype(  # layout.cpp's
     [(name, np.int64) for name in ("in", "out", "rank", "a", "b", "a_to", "b_to")]

@@ -37,8 +37,8 @@ MOST_ROWS = 256
 
 _KINDS = ("linear", "linear_panels", "linear_coded", "rms_norm", "silu_product", "rotate",
           "attention", "add")  # fmt: skip
-# Where a linear kernel is told of adapters: their groups, how many, and scratch.
-_UPDATES = {"linear": (7, 8, 9), "linear_panels": (7, 8, 9), "linear_coded": (14, 15, 16)}
+# Where a linear kernel is told of adapters: their groups, and how many.
+_UPDATES = {"linear": (7, 8), "linear_panels": (7, 8), "linear_coded": (14, 15)}
 _SPANS, _SPAN_COUNT = 15, 16  # the same for attention
 _CALL = np.dtype([("kind", np.int64), ("a", np.int64, 17), ("f", np.float32, 2)])  # replay.cpp
 
@@ -316,13 +316,12 @@ class LayerReplay:
         arguments = self._calls_for(rows)["a"]
         updates, spans = self._context.adapter_updates, self._context.native_spans
         assert spans is not None
-        groups, count, low = self._linear_at
+        groups, count = self._linear_at
         if updates is None:
             arguments[self._linear, self._linear_at] = 0
         else:
             arguments[self._linear, groups] = updates.groups + self._linear_index * updates.stride
             arguments[self._linear, count] = updates.count
-            arguments[self._linear, low] = updates.low.data_ptr()
         arguments[self._attention, _SPANS] = np.array(spans.addresses)[self._attention_group]
         arguments[self._attention, _SPAN_COUNT] = spans.count
         self._kernels.replay(self._ready.ctypes.data, len(self._ready))

@@ -130,12 +130,23 @@ class Runner:
         if self._context.kernels is not None:
             self._context.kernels.release_threads()
 
+    def begin_steps(self) -> None:
+        """To be called by the thread that will run steps, before the first."""
+        kernels = self._context.kernels
+        linears = [m for m in self.base.model.modules() if isinstance(m, nn.Linear)]
+        if kernels is not None and not linears:
+            # All that takes long is the kernels', which have threads of their own. torch's would
+            # spin on the same cores for milliseconds after each of its small operators.
+            _settle_threads()
+            kernels.torch_alone()
+
     def compute_alone(self) -> None:
         """Lets the calling thread compute without helpers from now on, beside the engine's.
 
-        A team of its own would slow each of the engine's barriers, see `release_threads`.
+        A team of its own would slow each of the engine's steps, see `begin_steps`.
         """
         if self._context.kernels is not None:
+            _settle_threads()
             self._context.kernels.compute_alone()
 
     def allocate(self, limits: Limits) -> Limits:
@@ -290,6 +301,14 @@ class Runner:
         """How many tokens a request with this adapter, or with the base, may use."""
         own = None if adapter is None else adapter.vocabulary
         return self._vocabulary if own is None else own
+
+
+def _settle_threads() -> None:
+    """Lets torch choose the number of this thread's helpers, which it does once, when asked first.
+
+    Later it would undo what was set before.
+    """
+    torch.get_num_threads()
 
 
 def _adapter_order(chunk: Chunk) -> tuple[tuple[str, float], ...]:

@@ -4,14 +4,13 @@ import weakref
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qlora_serve.serve.engine.kernels.native import AdapterRows, Kernels
 from qlora_serve.serve.engine.linear import NativeUpdates
 from qlora_serve.serve.engine.slots import ScaledAdapter
 
-# numpy's view of kernels.cpp's AdapterRows, to fill the groups of all layers at once.
+# numpy's view of updates.h's AdapterRows, to fill the groups of all layers at once.
 NATIVE_ROWS = np.dtype(AdapterRows)
 
 
@@ -35,11 +34,7 @@ def add_update(
     hidden = hidden.contiguous()
     rows, rank = hidden.shape[0], a.shape[0]
     group = AdapterRows(0, rows, rank, a.data_ptr(), blocks.data_ptr(), scale)
-    low = torch.empty(rows * rank)
-    kernels.update(
-        hidden.data_ptr(), hidden.shape[1], output.data_ptr(), output.shape[1], group,
-        low.data_ptr(),
-    )  # fmt: skip
+    kernels.update(hidden.data_ptr(), hidden.shape[1], output.data_ptr(), output.shape[1], group)
 
 
 def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:
@@ -53,12 +48,10 @@ def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates 
     groups["first"] = [first for first, *_ in rows]
     groups["last"] = [last for _, last, _ in rows]
     groups["scale"] = [adapter.scale for *_, adapter in rows]
-    sizes = (groups["last"] - groups["first"]) * groups["rank"]
     return NativeUpdates(
         groups=groups.ctypes.data,
         count=len(rows),
         stride=groups.strides[0],
-        low=torch.empty(int(sizes.sum(axis=1).max())),
         leaves_some=not all(adapter.resident.is_plain for *_, adapter in rows),
         keep=groups,
     )

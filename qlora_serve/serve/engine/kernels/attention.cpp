@@ -4,6 +4,7 @@
 // by dimension, [dim, 16], so that one product gives a query's scores of 16 tokens and nothing is added
 // up across a vector; its values are stored token by token, [16, dim].
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -152,21 +153,16 @@ float soften(float* scores, int64_t length, int64_t begin, int64_t end, float so
   return sum(total);
 }
 
-// Room of one thread.
-struct Scratch {
-  std::vector<float> scores;
-};
-
 // Attends for the queries [begin, end) of a span and the heads that share one head of the cache.
 void attend(const Span& span, int64_t begin, int64_t end, int64_t kv, int64_t group,
             const Rows& query, const Cache& cache, float* output, int64_t heads, float scale,
-            int64_t window, float softcap, Scratch& scratch) {
+            int64_t window, float softcap, std::vector<float>& scratch) {
   const int64_t first = span.start + begin, last = span.start + end - 1;  // positions
   const int64_t seen = window > 0 ? std::max<int64_t>(0, first - window + 1) : 0;
   const int64_t skipped = seen / kBlock, blocks = last / kBlock + 1 - skipped;
   const int64_t length = blocks * kBlock, offset = skipped * kBlock;
   const int64_t total = (end - begin) * group;
-  scratch.scores.resize(kRows * length);
+  scratch.resize(kRows * length);
   for (int64_t at = 0; at < total; at += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, total - at);
     const float* queries[kRows];
@@ -174,7 +170,7 @@ void attend(const Span& span, int64_t begin, int64_t end, int64_t kv, int64_t gr
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = span.first + begin + (at + r) / group, h = kv * group + (at + r) % group;
       queries[r] = query.at(h, row);
-      scores[r] = scratch.scores.data() + r * length;
+      scores[r] = scratch.data() + r * length;
       outputs[r] = output + (row * heads + h) * cache.dim;
     }
     score_all<kRows>(rows, queries, cache, kv, span.table + skipped, blocks, scale, scores);
@@ -237,19 +233,19 @@ void attention_f32(const float* query, int64_t query_head, int64_t query_row, co
     for (int64_t end = spans[s].count; end > 0; end -= together)  // the longest first
       for (int64_t kv = 0; kv < kv_heads; ++kv)
         items.push_back({s, kv, std::max<int64_t>(0, end - together), end});
-#pragma omp parallel
-  {
-    Scratch scratch;
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t s = 0; s < count; ++s)
-      for (int64_t kv = 0; kv < kv_heads; ++kv) remember(spans[s], kv, keys, values, cache);
-#pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < items.size(); ++i) {
-      const Item& item = items[i];
-      attend(spans[item.span], item.begin, item.end, item.kv, group, queries, cache, output, heads,
-             scale, window, softcap, scratch);
-    }
-  }
+  // With one piece for each sequence and head, as in decoding, who attends has stored what is new.
+  const bool is_whole = static_cast<int64_t>(items.size()) == count * kv_heads;
+  if (!is_whole)
+    team::parallel(count * kv_heads, [&](int64_t n) {
+      remember(spans[n / kv_heads], n % kv_heads, keys, values, cache);
+    });
+  team::parallel(items.size(), [&](int64_t n) {
+    thread_local std::vector<float> scratch;
+    const Item& item = items[n];
+    if (is_whole) remember(spans[item.span], item.kv, keys, values, cache);
+    attend(spans[item.span], item.begin, item.end, item.kv, group, queries, cache, output, heads, scale, window,
+           softcap, scratch);
+  });
 }
 
 }  // extern "C"

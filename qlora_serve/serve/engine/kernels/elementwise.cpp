@@ -1,12 +1,23 @@
 // What stands between a model's matrix products, for float32 on a CPU: each in one pass over its rows,
 // where torch takes up to eight.
 
+#include <atomic>
+
+#include "team.h"
 #include "vectors.h"
 
 namespace {
 
-// Below this many floats the threads would take longer to start than to work.
-constexpr int64_t kWorthThreads = 1 << 15;
+// Floats in one piece: with fewer, threads would take longer to meet than to work.
+constexpr int64_t kWorthThreads = 1 << 14;
+
+// Calls work(first, last) for pieces of [0, count) things of `size` floats each.
+template <typename Work>
+void in_pieces(int64_t count, int64_t size, const Work& work) {
+  const int64_t own = std::max<int64_t>(1, kWorthThreads / size);
+  team::parallel((count + own - 1) / own,
+                 [&](int64_t n) { work(n * own, std::min(count, (n + 1) * own)); });
+}
 
 // x / (1 + e^-x), without ever raising e to a positive power.
 inline Vector silu(Vector x) {
@@ -61,26 +72,29 @@ void largest_f32(const float* x, int64_t rows, int64_t n, float* largest, int64_
 //   x, out [rows, n]; weight [n]
 void rms_norm_f32(const float* x, int64_t rows, int64_t n, const float* weight, float eps,
                   float offset, float* out) {
-#pragma omp parallel for schedule(static) if (rows * n > kWorthThreads)
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = x + r * n;
-    float* to = out + r * n;
-    Vector squares = {};
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) squares += load(from + i) * load(from + i);
-    float total = sum(squares);
-    for (; i < n; ++i) total += from[i] * from[i];
-    const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
-    for (i = 0; i + kWidth <= n; i += kWidth)
-      store(to + i, load(from + i) * scale * (load(weight + i) + offset));
-    for (; i < n; ++i) to[i] = from[i] * scale * (weight[i] + offset);
-  }
+  in_pieces(rows, n, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* from = x + r * n;
+      float* to = out + r * n;
+      Vector squares = {};
+      int64_t i = 0;
+      for (; i + kWidth <= n; i += kWidth) squares += load(from + i) * load(from + i);
+      float total = sum(squares);
+      for (; i < n; ++i) total += from[i] * from[i];
+      const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+      for (i = 0; i + kWidth <= n; i += kWidth)
+        store(to + i, load(from + i) * scale * (load(weight + i) + offset));
+      for (; i < n; ++i) to[i] = from[i] * scale * (weight[i] + offset);
+    }
+  });
 }
 
 // SwiGLU (arXiv:2002.05202): out = silu(gate) * up; all [count], a multiple of 16.
 void silu_product_f32(const float* gate, const float* up, int64_t count, float* out) {
-#pragma omp parallel for schedule(static) if (count > kWorthThreads)
-  for (int64_t i = 0; i < count; i += kWidth) store(out + i, silu(load(gate + i)) * load(up + i));
+  in_pieces(count / kWidth, kWidth, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kWidth; i < last * kWidth; i += kWidth)
+      store(out + i, silu(load(gate + i)) * load(up + i));
+  });
 }
 
 // Rotary embedding (arXiv:2104.09864) with the halves of a head as real and imaginary parts.
@@ -89,38 +103,39 @@ void silu_product_f32(const float* gate, const float* up, int64_t count, float* 
 void rotate_f32(const float* x, int64_t head, int64_t row, int64_t heads, int64_t rows, int64_t dim,
                 const float* cosines, const float* sines, float* out) {
   const int64_t half = dim / 2;
-#pragma omp parallel for schedule(static) if (rows * heads * dim > kWorthThreads)
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t h = 0; h < heads; ++h) {
-      const float* from = x + h * head + r * row;
-      const float *cosine = cosines + r * dim, *sine = sines + r * dim;
-      float* to = out + (r * heads + h) * dim;
-      for (int64_t d = 0; d < half; d += kWidth) {
-        const Vector real = load(from + d), imaginary = load(from + half + d);
-        store(to + d, real * load(cosine + d) - imaginary * load(sine + d));
-        store(to + half + d, imaginary * load(cosine + half + d) + real * load(sine + half + d));
+  in_pieces(rows, heads * dim, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t h = 0; h < heads; ++h) {
+        const float* from = x + h * head + r * row;
+        const float *cosine = cosines + r * dim, *sine = sines + r * dim;
+        float* to = out + (r * heads + h) * dim;
+        for (int64_t d = 0; d < half; d += kWidth) {
+          const Vector real = load(from + d), imaginary = load(from + half + d);
+          store(to + d, real * load(cosine + d) - imaginary * load(sine + d));
+          store(to + half + d, imaginary * load(cosine + half + d) + real * load(sine + half + d));
+        }
       }
-    }
+  });
 }
 
 // The rows `ids` of a weight in panels [known / 32 rounded up, n, 32], each multiplied by `scale`.
 //   ids [count], out [count, n]
 // Returns how many ids are no row of it; what is put out for those is undefined.
-int64_t look_up_f32(const int64_t* ids, int64_t count, const float* panels, int64_t known, int64_t n,
-                    float scale, float* out) {
-  constexpr int64_t kPanel = 2 * kWidth;
-  int64_t unknown = 0;
-#pragma omp parallel for schedule(static) reduction(+ : unknown) if (count * n > kWorthThreads)
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t id = ids[r];
-    if (id < 0 || id >= known) {
-      ++unknown;
-      continue;
+int64_t look_up_f32(const int64_t* ids, int64_t count, const float* panels, int64_t known, int64_t n, float scale,
+                    float* out) {
+  std::atomic<int64_t> unknown{0};
+  in_pieces(count, n, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t id = ids[r];
+      if (id < 0 || id >= known) {
+        ++unknown;
+        continue;
+      }
+      const float* from = panels + id / kPanel * n * kPanel + id % kPanel;
+      float* to = out + r * n;
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i * kPanel] * scale;
     }
-    const float* from = panels + id / kPanel * n * kPanel + id % kPanel;
-    float* to = out + r * n;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i * kPanel] * scale;
-  }
+  });
   return unknown;
 }
 

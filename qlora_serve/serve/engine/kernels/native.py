@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -17,9 +18,12 @@ log = logging.getLogger(__name__)
 
 _SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "attention.cpp", "elementwise.cpp", "layout.cpp", "replay.cpp")
-]
-_HEADERS = [Path(__file__).with_name("vectors.h")]
+    for name in (
+        "coded.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp", "layout.cpp", "replay.cpp",
+        "team.cpp",
+    )
+]  # fmt: skip
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Floating point stays as written, but for fused multiply-add: -ffast-math would let NaN pass as a
 # number, and on some systems changes how the whole process treats tiny numbers.
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
@@ -30,7 +34,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class AdapterRows(ctypes.Structure):
-    """The rows of one adapter and its update of a layer; see kernels.cpp."""
+    """The rows of one adapter and its update of a layer; see updates.h."""
 
     _fields_ = (
         ("first", _INT), ("last", _INT), ("rank", _INT), ("a", _POINTER), ("b", _POINTER),
@@ -54,7 +58,7 @@ class Kernels:
         self.linear = library.linear_f32
         self.linear.restype = None
         self.linear.argtypes = [
-            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
+            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT,
         ]  # fmt: skip
         self.release_threads = library.release_threads
         self.release_threads.restype = None
@@ -62,6 +66,12 @@ class Kernels:
         self.compute_alone = library.compute_alone
         self.compute_alone.restype = None
         self.compute_alone.argtypes = []
+        self.torch_alone = library.torch_alone
+        self.torch_alone.restype = None
+        self.torch_alone.argtypes = []
+        self.team_size = library.team_size
+        self.team_size.restype = _INT
+        self.team_size.argtypes = []
         self.linear_panels = library.linear_panels
         self.linear_panels.restype = None
         self.linear_panels.argtypes = self.linear.argtypes
@@ -69,12 +79,12 @@ class Kernels:
         self.linear_coded.restype = None
         self.linear_coded.argtypes = [
             _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
-            _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER,
+            _INT, _POINTER, _POINTER, _INT, _POINTER, _INT,
         ]  # fmt: skip
         self.update = library.update_f32
         self.update.restype = None
         self.update.argtypes = [
-            _POINTER, _INT, _POINTER, _INT, ctypes.POINTER(AdapterRows), _POINTER,
+            _POINTER, _INT, _POINTER, _INT, ctypes.POINTER(AdapterRows),
         ]  # fmt: skip
         self.to_panels = library.to_panels_f32
         self.to_panels.restype = None
@@ -152,10 +162,15 @@ def _built() -> Path:
                 (compiler, *_FLAGS, "-c", str(source), "-o", to)
                 for source, to in zip(_SOURCES, compiled, strict=True)
             ]
-            for step in (*steps, (compiler, "-shared", *compiled, openmp, "-o", str(fresh))):
-                subprocess.run(step, check=True, capture_output=True, text=True, timeout=300)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run_compiler, steps))
+            _run_compiler((compiler, "-shared", *compiled, openmp, "-o", str(fresh)))
             fresh.replace(library)
     return library
+
+
+def _run_compiler(step: tuple[str, ...]) -> None:
+    subprocess.run(step, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _torch_openmp() -> str:

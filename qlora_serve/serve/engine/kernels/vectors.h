@@ -1,5 +1,5 @@
 // Vectors of floats, by GCC's and Clang's own extension, so that the same source serves AVX-512, AVX2
-// and NEON. Plain C interfaces and no torch headers: everything compiles in a second or two.
+// and NEON. Plain C interfaces and no torch headers: everything compiles in a few seconds.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int64_t kWidth = 16;  // floats in a vector
+constexpr int64_t kWidth = 16;          // floats in a vector
+constexpr int64_t kPanel = 2 * kWidth;  // outputs whose weights lie together, see panels.h
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(kWidth * sizeof(int32_t))));
 
