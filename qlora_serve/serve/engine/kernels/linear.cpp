@@ -28,17 +28,12 @@ void panel_piece(const Linear& layer, int64_t first, int64_t last, int64_t ahead
   const float* panel = layer.weights + first * in;
   const float* next = panel + ahead * kPanel * in;
   // The first rows ask a little ahead for the panel itself, and at its end for the beginning of the next;
-  // later ones for what comes after.
+  // later ones for the rest of that.
   Stream own, rest;
   own.add(panel + near * kPanel, in - near);
   own.add(next, near);
-  if (layer.rows > kPanelRows) {
-    for (int64_t g = 0; g < layer.count; ++g)
-      rest.add(layer.groups[g].b + first * layer.groups[g].rank, layer.groups[g].rank);
-    rest.add(next + near * kPanel, in - near);
-  } else {
-    fetch_updates(layer.groups, layer.count, first, last);
-  }
+  rest.add(next + near * kPanel, in - near);
+  fetch_updates(layer.groups, layer.count, first, last);
   panel_product(layer.x, layer.rows, in, panel, own, rest, layer.bias ? layer.bias + first : nullptr,
                 layer.y + first, layer.out, last - first);
 }

@@ -41,9 +41,9 @@ class Stream {
     int64_t inputs;
   };
 
-  // After what is there already, `inputs` times two vectors from `at`; nothing where there is no room.
+  // After what is there already, `inputs` times two vectors from `at`; two parts at most.
   void add(const float* at, int64_t inputs) {
-    if (inputs > 0 && count_ < kMost) parts_[count_++] = {at, inputs};
+    if (inputs > 0) parts_[count_++] = {at, inputs};
   }
 
   // What comes next, for at most `most` inputs.
@@ -58,8 +58,7 @@ class Stream {
   }
 
  private:
-  static constexpr int kMost = 96;
-  Part parts_[kMost];
+  Part parts_[2];
   int count_ = 0, at_ = 0;
 };
 
@@ -87,9 +86,10 @@ inline void add_inputs(const float* x, int64_t stride, int64_t i, int64_t end, c
   }
 }
 
-// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds.
+// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds. A function of its own for each
+// number of rows: where the compiler put them all into one, it ran out of registers.
 template <int ROWS>
-inline void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel, Stream& stream,
+__attribute__((noinline)) void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel, Stream& stream,
                        const float* bias, bool more, float* y, int64_t out, int64_t width) {
   Vector sums[ROWS][2] = {};
   for (int64_t i = 0; i < in;) {
