@@ -2,8 +2,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests run on one thread each; a worker holds torch, so as many as the machine has memory for.
-WORKERS ?= 2
+# Tests run on one thread each; with more workers they are faster (8 minutes with 2 in place of 15), and in another order.
+WORKERS ?= 1
 
 .PHONY: help install demo test test-all lint bench clean
 
@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## Train two adapters, serve them beside their base, merge on
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## The tests that CI runs
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 test-all: test ## Every test, also the slow and complete ones, one after another
 	$(BIN)/python -m pytest -m "slow and not gpu"
