@@ -1,5 +1,6 @@
 """Low-rank updates by the native kernels: of one adapter's rows, and of all rows of a step."""
 
+import ctypes
 import weakref
 from typing import Any
 
@@ -34,7 +35,9 @@ def add_update(
     hidden = hidden.contiguous()
     rows, rank = hidden.shape[0], a.shape[0]
     group = AdapterRows(0, rows, rank, a.data_ptr(), blocks.data_ptr(), scale)
-    kernels.update(hidden.data_ptr(), hidden.shape[1], output.data_ptr(), output.shape[1], group)
+    kernels.update(
+        hidden.data_ptr(), hidden.shape[1], output.data_ptr(), output.shape[1], ctypes.byref(group)
+    )
 
 
 def native_updates(rows: list[tuple[int, int, ScaledAdapter]]) -> NativeUpdates | None:

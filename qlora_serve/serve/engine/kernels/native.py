@@ -11,6 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qlora_serve.base.source import cache_folder
 
@@ -31,6 +32,7 @@ _SWITCH = "QLORA_SERVE_NATIVE"
 """0 uses torch's own operators everywhere, `always` the kernels even where they are slower."""
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_FORMS = {"p": _POINTER, "i": _INT, "f": _FLOAT}
 
 
 class AdapterRows(ctypes.Structure):
@@ -55,74 +57,30 @@ class Kernels:
     """The types of arguments that are no whole numbers or pointers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.linear = library.linear_f32
-        self.linear.restype = None
-        self.linear.argtypes = [
-            _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT,
-        ]  # fmt: skip
-        self.release_threads = library.release_threads
-        self.release_threads.restype = None
-        self.release_threads.argtypes = []
-        self.compute_alone = library.compute_alone
-        self.compute_alone.restype = None
-        self.compute_alone.argtypes = []
-        self.torch_alone = library.torch_alone
-        self.torch_alone.restype = None
-        self.torch_alone.argtypes = []
-        self.team_size = library.team_size
-        self.team_size.restype = _INT
-        self.team_size.argtypes = []
-        self.linear_panels = library.linear_panels
-        self.linear_panels.restype = None
-        self.linear_panels.argtypes = self.linear.argtypes
-        self.linear_coded = library.linear_coded
-        self.linear_coded.restype = None
-        self.linear_coded.argtypes = [
-            _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT,
-            _INT, _POINTER, _POINTER, _INT, _POINTER, _INT,
-        ]  # fmt: skip
-        self.update = library.update_f32
-        self.update.restype = None
-        self.update.argtypes = [
-            _POINTER, _INT, _POINTER, _INT, ctypes.POINTER(AdapterRows),
-        ]  # fmt: skip
-        self.to_panels = library.to_panels_f32
-        self.to_panels.restype = None
-        self.to_panels.argtypes = [_POINTER, _INT, _INT, _POINTER]
-        self.lay_out_updates = library.lay_out_updates
-        self.lay_out_updates.restype = None
-        self.lay_out_updates.argtypes = [_POINTER, _INT]
-        self.decode_panels = library.decode_panels
-        self.decode_panels.restype = None
-        self.decode_panels.argtypes = [
-            _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT,
-        ]  # fmt: skip
-        self.rms_norm = library.rms_norm_f32
-        self.rms_norm.restype = None
-        self.rms_norm.argtypes = [_POINTER, _INT, _INT, _POINTER, _FLOAT, _FLOAT, _POINTER]
-        self.silu_product = library.silu_product_f32
-        self.silu_product.restype = None
-        self.silu_product.argtypes = [_POINTER, _POINTER, _INT, _POINTER]
-        self.rotate = library.rotate_f32
-        self.rotate.restype = None
-        self.rotate.argtypes = [
-            _POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _POINTER,
-        ]  # fmt: skip
-        self.look_up = library.look_up_f32
-        self.look_up.restype = _INT
-        self.look_up.argtypes = [_POINTER, _INT, _POINTER, _INT, _INT, _FLOAT, _POINTER]
-        self.largest = library.largest_f32
-        self.largest.restype = None
-        self.largest.argtypes = [_POINTER, _INT, _INT, _POINTER, _POINTER]
-        self.replay = library.replay_calls
-        self.replay.restype = None
-        self.replay.argtypes = [_POINTER, _INT]
-        self.attention = library.attention_f32
-        self.attention.restype = None
-        self.attention.argtypes = [
-            _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER,
-            _INT, _INT, _INT, _FLOAT, _INT, _FLOAT, _POINTER, _INT,
-        ]  # fmt: skip
+        self.linear = _function(library.linear_f32, "piipppipi")
+        self.release_threads = _function(library.release_threads, "")
+        self.compute_alone = _function(library.compute_alone, "")
+        self.torch_alone = _function(library.torch_alone, "")
+        self.team_size = _function(library.team_size, "", _INT)
+        self.linear_panels = _function(library.linear_panels, "piipppipi")
+        self.linear_coded = _function(library.linear_coded, "ppiiippppiippipi")
+        self.update = _function(library.update_f32, "pipip")
+        self.to_panels = _function(library.to_panels_f32, "piip")
+        self.lay_out_updates = _function(library.lay_out_updates, "pi")
+        self.decode_panels = _function(library.decode_panels, "iippppiipi")
+        self.rms_norm = _function(library.rms_norm_f32, "piipffp")
+        self.silu_product = _function(library.silu_product_f32, "ppip")
+        self.rotate = _function(library.rotate_f32, "piiiiippp")
+        self.look_up = _function(library.look_up_f32, "pipiifp", _INT)
+        self.largest = _function(library.largest_f32, "piipp")
+        self.replay = _function(library.replay_calls, "pi")
+        self.attention = _function(library.attention_f32, "piipiipiippiiififpi")
+
+
+def _function(found: Any, arguments: str, result: Any = None) -> Any:
+    """A function of the library; its arguments are pointers, whole numbers and floats: p, i, f."""
+    found.argtypes, found.restype = [_FORMS[form] for form in arguments], result
+    return found
 
 
 def are_forced() -> bool:
