@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests run on one thread each; with more workers they are faster (8 minutes with 2 in place of 15), and in another order.
+# Tests run on one thread each; with more workers they are faster (9 minutes with 2 in place of 12), and in another order.
 WORKERS ?= 1
 
 .PHONY: help install demo test test-all lint bench clean

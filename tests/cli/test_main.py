@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from qlora_serve.cli.main import app, main
 
+pytestmark = pytest.mark.usefixtures("logging_as_it_was")
+
 HEAVY = ("torch", "transformers", "peft", "datasets", "fastapi", "uvicorn", "numpy", "pandas")
 
 

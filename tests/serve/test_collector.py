@@ -3,6 +3,7 @@
 import gc
 from typing import Any
 
+import pytest
 from tiny_models import write_tiny_model
 from typer.testing import CliRunner
 
@@ -10,6 +11,7 @@ import qlora_serve.serve.shutdown as shutdown
 from qlora_serve.cli.main import app
 
 
+@pytest.mark.usefixtures("logging_as_it_was")
 def test_a_server_that_answers_leaves_what_it_was_made_of_to_no_collection(
     tmp_path, monkeypatch
 ) -> None:
