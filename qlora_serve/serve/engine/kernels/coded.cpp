@@ -100,26 +100,28 @@ void coded_rows(const float* x, int64_t rows, const Coded& w, float* panel, cons
 constexpr int kCodedRows = std::min(kPanelRows, 12), kFirstRows = std::min(kPanelRows, 10);
 
 template <int BITS>
-void product(const float* x, int64_t rows, const Coded& w, const float* bias, float* y, int64_t out,
-                   int64_t width) {
-  if (rows <= kCodedRows) return coded_rows<kCodedRows, BITS, false>(x, rows, w, nullptr, bias, y, out, width);
+void product(const float* x, int64_t rows, const Coded& w, Stream& stream, const float* bias, float* y, int64_t out,
+             int64_t width) {
+  if (rows <= kCodedRows) {
+    stream.ask();
+    return coded_rows<kCodedRows, BITS, false>(x, rows, w, nullptr, bias, y, out, width);
+  }
   thread_local std::vector<float> panel;
   panel.resize(w.in * kPanel);
   // In halves while there are two: a few rows alone wait for the weights.
   const int64_t early = std::min<int64_t>(kFirstRows, (rows + 1) / 2), late = rows - early;
   coded_rows<kFirstRows, BITS, true>(x, early, w, panel.data(), bias, y, out, width);
-  Stream none;
-  panel_product(x + early * w.in, late, w.in, panel.data(), none, none, bias, y + early * out, out, width);
+  panel_product(x + early * w.in, late, w.in, panel.data(), stream, bias, y + early * out, out, width);
 }
 
 }  // namespace
 
-void coded_product(const float* x, int64_t rows, const Coded& w, int64_t bits, const float* bias, float* y,
-                   int64_t out, int64_t width) {
+void coded_product(const float* x, int64_t rows, const Coded& w, int64_t bits, Stream& stream, const float* bias,
+                   float* y, int64_t out, int64_t width) {
   if (bits == 8)
-    product<8>(x, rows, w, bias, y, out, width);
+    product<8>(x, rows, w, stream, bias, y, out, width);
   else
-    product<4>(x, rows, w, bias, y, out, width);
+    product<4>(x, rows, w, stream, bias, y, out, width);
 }
 
 void decode_panel(const Coded& w, int64_t bits, float* panel) {

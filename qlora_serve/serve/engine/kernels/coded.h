@@ -1,7 +1,7 @@
 // Weights of 4 or 8 bits, in panels.
 #pragma once
 
-#include "vectors.h"
+#include "stream.h"
 
 // A panel of codes with a scale for each group of inputs: the weight of input i and an output is
 // table[code] * scale + offset, or code * scale + offset with 8 bits. That is NF4 (arXiv:2305.14314),
@@ -23,9 +23,10 @@ struct Coded {
   }
 };
 
-// The outputs of one panel, `width` of them, for all rows; `bits` is 4 or 8.
-void coded_product(const float* x, int64_t rows, const Coded& w, int64_t bits, const float* bias, float* y,
-                   int64_t out, int64_t width);
+// The outputs of one panel, `width` of them, for all rows; `bits` is 4 or 8. Meanwhile the memory is asked for what
+// `stream` holds.
+void coded_product(const float* x, int64_t rows, const Coded& w, int64_t bits, Stream& stream, const float* bias,
+                   float* y, int64_t out, int64_t width);
 
 // The weights of one panel as floats: [in, 32].
 void decode_panel(const Coded& w, int64_t bits, float* panel);

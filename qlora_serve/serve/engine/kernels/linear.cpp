@@ -18,93 +18,150 @@ constexpr int64_t kChunk = 48;  // outputs in one piece where weights are not in
 
 int64_t chunk_of(const Linear& layer) { return layer.kind <= Linear::kRowMajor ? kChunk : kPanel; }
 
-// Inputs by which the memory is asked ahead: 6 kB of a panel.
-constexpr int64_t kAhead = 48;
+int64_t pieces_of(const Linear& layer) { return (layer.out + chunk_of(layer) - 1) / chunk_of(layer); }
 
-// The outputs [first, last) of a layer in panels. `ahead` panels further on is the one that the same thread will need
-// next, as a rule. Behind the layer's last lies the next layer's first; asking for what is not there does nothing.
-void panel_piece(const Linear& layer, int64_t first, int64_t last, int64_t ahead) {
-  const int64_t in = layer.in, near = std::min(in, kAhead);
-  const float* panel = layer.weights + first * in;
-  const float* next = panel + ahead * kPanel * in;
-  // The first rows ask a little ahead for the panel itself, and at its end for the beginning of the next;
-  // later ones for the rest of that.
-  Stream own, rest;
-  own.add(panel + near * kPanel, in - near);
-  own.add(next, near);
-  rest.add(next + near * kPanel, in - near);
-  fetch_updates(layer.groups, layer.count, first, last);
-  panel_product(layer.x, layer.rows, in, panel, own, rest, layer.bias ? layer.bias + first : nullptr,
-                layer.y + first, layer.out, last - first);
+// Layers that are computed together, in pieces: first the low-rank products of their adapters, then their outputs.
+struct Job {
+  const Linear* layers;
+  int64_t count, threads, pieces = 0;
+  std::vector<float> numbers;  // the low-rank products; as large as was ever needed
+  std::vector<float*> lows;    // of each layer's groups, one after the other
+  std::vector<LowItem> items;
+
+  void begin(const Linear* layers, int64_t count);
+  void compute_low(int64_t number) const;
+  void compute_piece(int64_t number) const;
+
+ private:
+  struct Place {
+    const Linear* layer;  // null behind the last piece
+    float* const* lows;
+    int64_t first;        // output
+  };
+
+  Place place_of(int64_t number) const;
+  Stream stream_for(int64_t number, const Place& place) const;
+};
+
+void Job::begin(const Linear* its_layers, int64_t its_count) {
+  layers = its_layers;
+  count = its_count;
+  threads = team::size();
+  pieces = 0;
+  int64_t size = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    pieces += pieces_of(layers[n]);
+    for (int64_t g = 0; g < layers[n].count; ++g)
+      size += (layers[n].groups[g].last - layers[n].groups[g].first) * layers[n].groups[g].rank;
+  }
+  if (static_cast<int64_t>(numbers.size()) < size) numbers.resize(size);
+  lows.clear();
+  items.clear();
+  float* low = numbers.data();
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t g = 0; g < layers[n].count; ++g) {
+      const AdapterRows& group = layers[n].groups[g];
+      lows.push_back(low);
+      for (int64_t component = 0; component < group.rank; component += kWidth)
+        for (int64_t row = group.first; row < group.last; row += kLowRows)
+          items.push_back({n, g, component, row, std::min(row + kLowRows, group.last), low});
+      low += (group.last - group.first) * group.rank;
+    }
 }
 
-void piece(const Linear& layer, float* const* lows, int64_t number, int64_t threads) {
-  const int64_t chunk = chunk_of(layer), first = number * chunk, last = std::min(first + chunk, layer.out);
-  if (layer.kind == Linear::kPanels) {
-    panel_piece(layer, first, last, threads);
-  } else {
+void Job::compute_low(int64_t number) const {
+  const Linear& layer = layers[items[number].layer];
+  low_product(layer.low_x, layer.in, layer.groups[items[number].group], items[number]);
+}
+
+Job::Place Job::place_of(int64_t number) const {
+  float* const* its_lows = lows.data();
+  for (const Linear* layer = layers; layer < layers + count; ++layer) {
+    if (number < pieces_of(*layer)) return {layer, its_lows, number * chunk_of(*layer)};
+    number -= pieces_of(*layer);
+    its_lows += layer->count;
+  }
+  return {nullptr, nullptr, 0};
+}
+
+// Inputs by which the memory is asked ahead within a panel: 6 kB.
+constexpr int64_t kAhead = 48;
+
+// The weights that the calling thread asked for last.
+thread_local const void* asked = nullptr;
+
+// The memory that is asked for during a piece. The next piece of the same thread is the one `threads` further on.
+Stream Job::stream_for(int64_t number, const Place& place) const {
+  const Linear& layer = *place.layer;
+  const Place next = place_of(number + threads);
+  const auto weights = [](const Place& at) -> Part {
+    const Linear& layer = *at.layer;
+    if (layer.kind <= Linear::kRowMajor) return {nullptr, 0};
+    if (layer.kind == Linear::kPanels) return {layer.weights + at.first * layer.in, layer.in};
+    // In as many floats as there are words.
+    const Coded panel = layer.codes.panel(at.first / kPanel, layer.bits);
+    return {reinterpret_cast<const float*>(panel.codes), layer.in * layer.bits / 32};
+  };
+  const Part own = weights(place);
+  const int64_t near = std::min(own.steps, kAhead);
+  Stream stream;
+  if (layer.rows <= kPanelRows) {
+    // The memory has always something to do. It is asked for the updates first, and then for the panel itself and the
+    // beginning of the next, a little ahead.
+    fetch_updates(layer.groups, layer.count, place.first, std::min(place.first + kPanel, layer.out));
+    if (layer.kind == Linear::kPanels) {
+      stream.add(own.at + near * kPanel, own.steps - near);
+      if (next.layer) stream.add(weights(next).at, std::min(weights(next).steps, kAhead));
+    }
+    return stream;
+  }
+  // Products take longer than the memory, which has time for what the next piece needs.
+  if (asked != own.at) {
+    fetch_updates(layer.groups, layer.count, place.first, std::min(place.first + kPanel, layer.out));
+    stream.add(own.at + near * kPanel, own.steps - near);
+  }
+  if (next.layer) {
+    const Part part = weights(next);
+    stream.add(part.at, part.steps);
+    stream.add_updates(next.layer->groups, next.layer->count, next.first);
+    asked = part.at;
+  }
+  return stream;
+}
+
+void Job::compute_piece(int64_t number) const {
+  const Place place = place_of(number);
+  const Linear& layer = *place.layer;
+  const int64_t first = place.first, last = std::min(first + chunk_of(layer), layer.out);
+  const float* bias = layer.bias ? layer.bias + first : nullptr;
+  float* y = layer.y + first;
+  if (layer.kind <= Linear::kRowMajor) {
     fetch_updates(layer.groups, layer.count, first, last);
-    if (layer.kind == Linear::kRowMajor) {
+    if (layer.kind == Linear::kRowMajor)
       outputs_of_rows(layer.x, layer.rows, FloatWeights{layer.weights, layer.in}, layer.bias, layer.y, layer.out,
                       first, last);
-    } else if (layer.kind == Linear::kCoded) {
-      const Coded panel = layer.codes.panel(first / kPanel, layer.bits);
-      coded_product(layer.x, layer.rows, panel, layer.bits, layer.bias ? layer.bias + first : nullptr,
-                    layer.y + first, layer.out, last - first);
-    }
+  } else {
+    Stream stream = stream_for(number, place);
+    if (layer.kind == Linear::kPanels)
+      panel_product(layer.x, layer.rows, layer.in, layer.weights + first * layer.in, stream, bias, y, layer.out,
+                    last - first);
+    else
+      coded_product(layer.x, layer.rows, layer.codes.panel(first / kPanel, layer.bits), layer.bits, stream, bias, y,
+                    layer.out, last - first);
   }
   for (int64_t g = 0; g < layer.count; ++g)
     for (int64_t at = first; layer.groups[g].rank > 0 && at < last; at += kWidth)
-      add_update(layer.groups[g], lows[g], layer.y, layer.out, at, std::min(kWidth, last - at));
+      add_update(layer.groups[g], place.lows[g], layer.y, layer.out, at, std::min(kWidth, last - at));
 }
-
-// What the low-rank products of a thread's layers are kept in; as large as was ever needed.
-struct Scratch {
-  std::vector<float> numbers;
-  std::vector<float*> lows;  // of each layer's groups, one after the other
-  std::vector<LowItem> items;
-};
 
 }  // namespace
 
 void compute(const Linear* layers, int64_t count) {
-  thread_local Scratch scratch;
-  int64_t size = 0, pieces = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    pieces += (layers[n].out + chunk_of(layers[n]) - 1) / chunk_of(layers[n]);
-    for (int64_t g = 0; g < layers[n].count; ++g)
-      size += (layers[n].groups[g].last - layers[n].groups[g].first) * layers[n].groups[g].rank;
-  }
-  if (static_cast<int64_t>(scratch.numbers.size()) < size) scratch.numbers.resize(size);
-  scratch.lows.clear();
-  scratch.items.clear();
-  float* low = scratch.numbers.data();
-  for (int64_t n = 0; n < count; ++n)
-    for (int64_t g = 0; g < layers[n].count; ++g) {
-      const AdapterRows& group = layers[n].groups[g];
-      scratch.lows.push_back(low);
-      for (int64_t component = 0; component < group.rank; component += kWidth)
-        for (int64_t row = group.first; row < group.last; row += kLowRows)
-          scratch.items.push_back({n, g, component, row, std::min(row + kLowRows, group.last), low});
-      low += (group.last - group.first) * group.rank;
-    }
-  const std::vector<LowItem>& items = scratch.items;
-  team::parallel(items.size(), [&](int64_t i) {
-    const Linear& layer = layers[items[i].layer];
-    low_product(layer.low_x, layer.in, layer.groups[items[i].group], items[i]);
-  });
-  float* const* lows = scratch.lows.data();
-  const int64_t threads = team::size();
-  team::parallel(pieces, [&](int64_t number) {
-    int64_t n = 0, groups = 0;
-    for (;; ++n) {
-      const int64_t own = (layers[n].out + chunk_of(layers[n]) - 1) / chunk_of(layers[n]);
-      if (number < own) break;
-      number -= own;
-      groups += layers[n].count;
-    }
-    piece(layers[n], lows + groups, number, threads);
-  });
+  thread_local Job own;
+  Job& job = own;  // which is this thread's, whichever thread computes a piece of it
+  job.begin(layers, count);
+  team::parallel(job.items.size(), [&job](int64_t number) { job.compute_low(number); });
+  team::parallel(job.pieces, [&job](int64_t number) { job.compute_piece(number); });
 }
 
 extern "C" {

@@ -1,7 +1,7 @@
 // Weights in panels.
 #pragma once
 
-#include "vectors.h"
+#include "stream.h"
 
 namespace {
 
@@ -33,35 +33,6 @@ inline void keep_sums(const Vector* sums, bool more, const float* bias, float* y
     for (int64_t j = 0; j < width; ++j) y[j] += bias[j];
 }
 
-// What the memory is asked for while sums are computed: two vectors with each input.
-class Stream {
- public:
-  struct Part {
-    const float* at;  // null where nothing is left
-    int64_t inputs;
-  };
-
-  // After what is there already, `inputs` times two vectors from `at`; two parts at most.
-  void add(const float* at, int64_t inputs) {
-    if (inputs > 0) parts_[count_++] = {at, inputs};
-  }
-
-  // What comes next, for at most `most` inputs.
-  Part take(int64_t most) {
-    if (at_ == count_) return {nullptr, most};
-    Part& part = parts_[at_];
-    const Part taken{part.at, std::min(most, part.inputs)};
-    part.at += taken.inputs * kPanel;
-    part.inputs -= taken.inputs;
-    at_ += part.inputs == 0;
-    return taken;
-  }
-
- private:
-  Part parts_[2];
-  int count_ = 0, at_ = 0;
-};
-
 // Adds to the sums of ROWS rows what the inputs [i, end) give; asks the memory for what is at `next`, if anything.
 template <int ROWS, bool ASK>
 inline void add_inputs(const float* x, int64_t stride, int64_t i, int64_t end, const float* panel, const float* next,
@@ -74,8 +45,8 @@ inline void add_inputs(const float* x, int64_t stride, int64_t i, int64_t end, c
   for (const float* last = panel + end * kPanel; weights < last; weights += kPanel, ++low, ++middle, ++high) {
     const Vector left = load(weights), right = load(weights + kWidth);
     if (ASK) {
-      __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(next + kWidth, 0, 2);
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + kWidth);
       next += kPanel;
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -86,19 +57,27 @@ inline void add_inputs(const float* x, int64_t stride, int64_t i, int64_t end, c
   }
 }
 
-// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds. A function of its own for each
-// number of rows: where the compiler put them all into one, it ran out of registers.
+// Of so many inputs the first few ask the memory for something, as many as are needed to ask for all.
+constexpr int64_t kTurn = 8;
+
+// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds. Of each kTurn inputs `asking`
+// ask for what the stream holds. A function of its own for each number of rows: where the compiler put them all
+// into one, it ran out of registers.
 template <int ROWS>
-__attribute__((noinline)) void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel, Stream& stream,
-                       const float* bias, bool more, float* y, int64_t out, int64_t width) {
+__attribute__((noinline)) void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel,
+                                          Stream& stream, int64_t asking, const float* bias, bool more, float* y,
+                                          int64_t out, int64_t width) {
   Vector sums[ROWS][2] = {};
   for (int64_t i = 0; i < in;) {
-    const Stream::Part part = stream.take(in - i);
-    if (part.at)
-      add_inputs<ROWS, true>(x, stride, i, i + part.inputs, panel, part.at, sums);
-    else
-      add_inputs<ROWS, false>(x, stride, i, i + part.inputs, panel, nullptr, sums);
-    i += part.inputs;
+    const Part part = stream.take(asking < kTurn ? std::min(in - i, asking) : in - i);
+    int64_t end = in;
+    if (part.at) {
+      add_inputs<ROWS, true>(x, stride, i, i + part.steps, panel, part.at, sums);
+      i += part.steps;
+      end = asking < kTurn ? std::min(in, i + part.steps * (kTurn - asking) / asking) : i;
+    }
+    if (i < end) add_inputs<ROWS, false>(x, stride, i, end, panel, nullptr, sums);
+    i = end;
   }
   for (int r = 0; r < ROWS; ++r) keep_sums(sums[r], more, bias, y + r * out, width);
 }
@@ -108,23 +87,27 @@ __attribute__((noinline)) void panel_rows(const float* x, int64_t stride, int64_
 constexpr int64_t kSummed = 256;
 
 template <int ROWS>
-void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel, Stream& stream, const float* bias,
-                    float* y, int64_t out, int64_t width) {
+void remaining_rows(const float* x, int64_t rows, int64_t in, const float* panel, Stream& stream, int64_t asking,
+                    const float* bias, float* y, int64_t out, int64_t width) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return remaining_rows<ROWS - 1>(x, rows, in, panel, stream, bias, y, out, width);
+    if (rows < ROWS) return remaining_rows<ROWS - 1>(x, rows, in, panel, stream, asking, bias, y, out, width);
     for (int64_t i = 0; i < in; i += kSummed)
-      panel_rows<ROWS>(x + i, in, std::min(kSummed, in - i), panel + i * kPanel, stream, i == 0 ? bias : nullptr,
-                       i > 0, y, out, width);
+      panel_rows<ROWS>(x + i, in, std::min(kSummed, in - i), panel + i * kPanel, stream, asking,
+                       i == 0 ? bias : nullptr, i > 0, y, out, width);
   }
 }
 
-// The outputs of one panel, `width` of them, for all rows. While the first few are computed, the memory is asked for
-// what `own` holds, and then for `rest`.
-void panel_product(const float* x, int64_t rows, int64_t in, const float* panel, Stream& own, Stream& rest,
-                   const float* bias, float* y, int64_t out, int64_t width) {
-  for (int64_t row = 0; row < rows; row += kPanelRows)
-    remaining_rows<kPanelRows>(x + row * in, std::min<int64_t>(rows - row, kPanelRows), in, panel,
-                               row == 0 ? own : rest, bias, y + row * out, out, width);
+// The outputs of one panel, `width` of them, for all rows. Meanwhile the memory is asked for what `stream` holds.
+void panel_product(const float* x, int64_t rows, int64_t in, const float* panel, Stream& stream, const float* bias,
+                   float* y, int64_t out, int64_t width) {
+  // As many rows at a time in each turn, or nearly: a few alone would take longer for each.
+  const int64_t turns = std::max<int64_t>(1, (rows + kPanelRows - 1) / kPanelRows);
+  const int64_t together = (rows + turns - 1) / turns, inputs = turns * in;
+  const int64_t asking = std::clamp<int64_t>((stream.steps() * kTurn + inputs - 1) / inputs, 1, kTurn);
+  for (int64_t row = 0; row < rows; row += together)
+    remaining_rows<kPanelRows>(x + row * in, std::min(rows - row, together), in, panel, stream,
+                               asking, bias, y + row * out, out, width);
+  stream.ask();
 }
 
 }  // namespace
