@@ -39,10 +39,10 @@ struct Rows {
   const float* at(int64_t h, int64_t r) const { return data + h * head + r * row; }
 };
 
-// Scores of ROWS queries for BLOCKS blocks in a row. Meanwhile the memory is asked for `next`, as large: blocks
-// lie anywhere, so that the processor cannot know.
+// Scores of ROWS queries for BLOCKS blocks in a row. The queries lie side by side, [dim, ROWS]. Meanwhile the memory is
+// asked for `next`, as large: blocks lie anywhere, so that the processor cannot know.
 template <int ROWS, int BLOCKS>
-inline void score(const float* const* queries, const float* const* keys, const float* const* next,
+inline void score(const float* queries, const float* const* keys, const float* const* next,
                   int64_t dim, float scale, float* const* scores) {
   Vector sums[BLOCKS][ROWS] = {};
   for (int64_t d = 0; d < dim; ++d) {
@@ -51,27 +51,31 @@ inline void score(const float* const* queries, const float* const* keys, const f
       key[b] = load(keys[b] + d * kBlock);
       __builtin_prefetch(next[b] + d * kBlock);
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int b = 0; b < BLOCKS; ++b) sums[b][r] += key[b] * queries[r][d];
+    for (int r = 0; r < ROWS; ++r) {
+      const float number = queries[d * ROWS + r];
+      for (int b = 0; b < BLOCKS; ++b) sums[b][r] += key[b] * number;
+    }
   }
   for (int r = 0; r < ROWS; ++r)
     for (int b = 0; b < BLOCKS; ++b) store(scores[r] + b * kBlock, sums[b][r] * scale);
 }
 
 #if defined(__AVX512F__)
-constexpr int kRegisters = 12;  // sums at a time
+constexpr int kRegisters = 24;  // sums at a time
 #else
-constexpr int kRegisters = 4;
+constexpr int kRegisters = 8;
 #endif
 
-// Scores of `rows` ≤ ROWS queries for all their blocks.
+// Scores of `rows` ≤ ROWS queries for all their blocks. `packed` has room for dim * ROWS floats.
 template <int ROWS>
-void score_all(int64_t rows, const float* const* queries, const Cache& cache, int64_t head,
+void score_all(int64_t rows, const float* const* queries, float* packed, const Cache& cache, int64_t head,
                const int64_t* table, int64_t blocks, float scale, float* const* scores) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return score_all<ROWS - 1>(rows, queries, cache, head, table, blocks, scale, scores);
+      return score_all<ROWS - 1>(rows, queries, packed, cache, head, table, blocks, scale, scores);
     constexpr int kTogether = ROWS * 4 <= kRegisters ? 4 : ROWS * 2 <= kRegisters ? 2 : 1;
+    for (int64_t d = 0; d < cache.dim; ++d)
+      for (int r = 0; r < ROWS; ++r) packed[d * ROWS + r] = queries[r][d];
     // What is needed after the keys of the block before `b`: the next keys, and then the first values.
     const auto after = [&](int64_t b) -> const float* {
       return b < blocks ? cache.keys(table[b], head) : cache.values(table[(b - blocks) % blocks], head);
@@ -85,13 +89,13 @@ void score_all(int64_t rows, const float* const* queries, const Cache& cache, in
         keys[k] = cache.keys(table[b + k], head);
         next[k] = after(b + kTogether + k);
       }
-      score<ROWS, kTogether>(queries, keys, next, cache.dim, scale, to);
+      score<ROWS, kTogether>(packed, keys, next, cache.dim, scale, to);
       for (int r = 0; r < ROWS; ++r) to[r] += kTogether * kBlock;
     }
     for (; b < blocks; ++b) {
       keys[0] = cache.keys(table[b], head);
       next[0] = after(b + 1);
-      score<ROWS, 1>(queries, keys, next, cache.dim, scale, to);
+      score<ROWS, 1>(packed, keys, next, cache.dim, scale, to);
       for (int r = 0; r < ROWS; ++r) to[r] += kBlock;
     }
   }
@@ -123,7 +127,7 @@ void weigh_all(int64_t rows, const float* const* weights, const float* totals, c
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
       return weigh_all<ROWS - 1>(rows, weights, totals, cache, head, table, blocks, outputs);
-    constexpr int kVectors = ROWS * 4 <= 2 * kRegisters ? 4 : 2;
+    constexpr int kVectors = ROWS * 4 <= kRegisters ? 4 : 2;
     int64_t d = 0;
     for (; d + kVectors * kWidth <= cache.dim; d += kVectors * kWidth)
       weigh<ROWS, kVectors>(weights, totals, cache, head, table, blocks, d, outputs);
@@ -132,21 +136,26 @@ void weigh_all(int64_t rows, const float* const* weights, const float* totals, c
   }
 }
 
-constexpr int kRows = kRegisters;       // queries that are scored together
-constexpr int kWeighed = kRegisters / 2;  // and whose values are added up together
+constexpr int kRows = kRegisters / 2;     // queries that are scored together
+constexpr int kWeighed = kRegisters / 4;  // and whose values are added up together
 
 // Turns the scores of the tokens [begin, end) of a row of `length` scores into weights, unseen ones
 // into 0; returns their sum.
 float soften(float* scores, int64_t length, int64_t begin, int64_t end, float softcap) {
-  std::fill(scores, scores + begin, -INFINITY);
-  std::fill(scores + end, scores + length, -INFINITY);
   if (softcap > 0)
     for (int64_t t = begin; t < end; ++t) scores[t] = std::tanh(scores[t] / softcap) * softcap;
-  float largest = -INFINITY;
-  for (int64_t t = begin; t < end; ++t) largest = std::max(largest, scores[t]);
+  const Integers from = Integers{} + static_cast<int32_t>(begin), to = Integers{} + static_cast<int32_t>(end);
+  Integers places = lanes();
+  Vector most = Vector{} - INFINITY;
+  for (int64_t t = 0; t < length; t += kWidth, places += static_cast<int32_t>(kWidth)) {
+    const Vector seen = places >= from && places < to ? load(scores + t) : Vector{} - INFINITY;
+    store(scores + t, seen);
+    most = seen > most ? seen : most;
+  }
+  const float above = largest(most);
   Vector total = {};
   for (int64_t t = 0; t < length; t += kWidth) {
-    const Vector weights = exponential(load(scores + t) - largest);
+    const Vector weights = exponential(load(scores + t) - above);
     store(scores + t, weights);
     total += weights;
   }
@@ -162,7 +171,8 @@ void attend(const Span& span, int64_t begin, int64_t end, int64_t kv, int64_t gr
   const int64_t skipped = seen / kBlock, blocks = last / kBlock + 1 - skipped;
   const int64_t length = blocks * kBlock, offset = skipped * kBlock;
   const int64_t total = (end - begin) * group;
-  scratch.resize(kRows * length);
+  scratch.resize(kRows * (length + cache.dim));
+  float* packed = scratch.data() + kRows * length;
   for (int64_t at = 0; at < total; at += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, total - at);
     const float* queries[kRows];
@@ -173,7 +183,7 @@ void attend(const Span& span, int64_t begin, int64_t end, int64_t kv, int64_t gr
       scores[r] = scratch.data() + r * length;
       outputs[r] = output + (row * heads + h) * cache.dim;
     }
-    score_all<kRows>(rows, queries, cache, kv, span.table + skipped, blocks, scale, scores);
+    score_all<kRows>(rows, queries, packed, cache, kv, span.table + skipped, blocks, scale, scores);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first + (at + r) / group;
       const int64_t from = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;

@@ -32,14 +32,12 @@ float largest_of(const float* x, int64_t n, int64_t* place) {
   bool has_nan = false;
   if (n >= kWidth) {
     Vector best = load(x);
-    Integers lanes;
-    for (int j = 0; j < kWidth; ++j) lanes[j] = j;
-    Integers places = lanes, not_equal = best != best;
+    Integers places = lanes(), not_equal = best != best;
     for (i = kWidth; i + kWidth <= n; i += kWidth) {
       const Vector v = load(x + i);
       const Integers is_more = v > best;
       not_equal |= v != v;
-      places = is_more ? lanes + static_cast<int32_t>(i) : places;
+      places = is_more ? lanes() + static_cast<int32_t>(i) : places;
       best = is_more ? v : best;
     }
     found = best[0], at = places[0];
@@ -95,6 +93,15 @@ void silu_product_f32(const float* gate, const float* up, int64_t count, float* 
     for (int64_t i = first * kWidth; i < last * kWidth; i += kWidth)
       store(out + i, silu(load(gate + i)) * load(up + i));
   });
+}
+
+// out = left + right; all [count]
+void add_f32(const float* left, const float* right, float* out, int64_t count) {
+  const int64_t vectors = count / kWidth * kWidth;
+  in_pieces(vectors / kWidth, kWidth, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kWidth; i < last * kWidth; i += kWidth) store(out + i, load(left + i) + load(right + i));
+  });
+  for (int64_t i = vectors; i < count; ++i) out[i] = left[i] + right[i];
 }
 
 // Rotary embedding (arXiv:2104.09864) with the halves of a head as real and imaginary parts.

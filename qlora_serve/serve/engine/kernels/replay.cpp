@@ -11,6 +11,7 @@ extern "C" {
 
 void rms_norm_f32(const float*, int64_t, int64_t, const float*, float, float, float*);
 void silu_product_f32(const float*, const float*, int64_t, float*);
+void add_f32(const float*, const float*, float*, int64_t);
 void rotate_f32(const float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
                 const float*, float*);
 void attention_f32(const float*, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
@@ -44,13 +45,6 @@ struct Call {
     }
   }
 };
-
-// out = left + right; all [count]
-void add(const float* left, const float* right, float* out, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(out + i, load(left + i) + load(right + i));
-  for (; i < count; ++i) out[i] = left[i] + right[i];
-}
 
 constexpr int64_t kTogether = 4;  // layers in one job
 
@@ -96,7 +90,7 @@ void replay_calls(const Call* calls, int64_t count) {
                       a[16]);
         break;
       case 7:
-        add(call->in(0), call->in(1), call->out(2), a[3]);
+        add_f32(call->in(0), call->in(1), call->out(2), a[3]);
         break;
     }
   }

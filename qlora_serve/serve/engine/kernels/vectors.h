@@ -23,6 +23,13 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
+// 0, 1, ..., 15
+inline Integers lanes() {
+  Integers numbers;
+  for (int j = 0; j < kWidth; ++j) numbers[j] = j;
+  return numbers;
+}
+
 // By halves: adding one element after the other would take longer than the products of a tile.
 inline float sum(Vector v) {
   const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -30,6 +37,16 @@ inline float sum(Vector v) {
   const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
                     __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The largest number, by halves as well; a NaN may be left out.
+inline float largest(Vector v) {
+  const auto more = [](auto a, auto b) { return a > b ? a : b; };
+  const auto eight = more(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                          __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const auto four = more(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                         __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+  return std::max(std::max(four[0], four[2]), std::max(four[1], four[3]));
 }
 
 // e^x in each lane for x ≤ 0, to about 1e-7 of its value; 0 below -87, NaN for NaN. The range is cut
