@@ -97,7 +97,7 @@ void coded_rows(const float* x, int64_t rows, const Coded& w, float* panel, cons
 
 // Rows for which weights are decoded in registers while they are multiplied; fewer where there are more to come, which
 // leaves registers to decode in.
-constexpr int kCodedRows = std::min(kPanelRows, 12), kFirstRows = std::min(kPanelRows, 10);
+constexpr int kCodedRows = std::min(kPanelRows, 12), kFirstRows = std::min(kPanelRows, 8);
 
 template <int BITS>
 void product(const float* x, int64_t rows, const Coded& w, Stream& stream, const float* bias, float* y, int64_t out,

@@ -60,9 +60,9 @@ inline void add_inputs(const float* x, int64_t stride, int64_t i, int64_t end, c
 // Of so many inputs the first few ask the memory for something, as many as are needed to ask for all.
 constexpr int64_t kTurn = 8;
 
-// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds. Of each kTurn inputs `asking`
-// ask for what the stream holds. A function of its own for each number of rows: where the compiler put them all
-// into one, it ran out of registers.
+// Rows of x are `stride` apart, of which `in` are multiplied; `more` adds to what y holds. Of each kTurn inputs
+// `asking` ask for what the stream holds. A function of its own for each number of rows: where the compiler put them
+// all into one, it ran out of registers.
 template <int ROWS>
 __attribute__((noinline)) void panel_rows(const float* x, int64_t stride, int64_t in, const float* panel,
                                           Stream& stream, int64_t asking, const float* bias, bool more, float* y,
