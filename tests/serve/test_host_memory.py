@@ -1,5 +1,6 @@
 """Where weights lie in the host's memory."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 
 from qlora_serve.adapters.weights import LoraPair
 from qlora_serve.base.load import load_base
-from qlora_serve.serve.engine.host_memory import Arena, huge_pages, own_memory
+from qlora_serve.serve.engine.attention import KvCache, LayerShape
+from qlora_serve.serve.engine.host_memory import ALIGNMENT, Arena, huge_pages, own_memory
 from qlora_serve.serve.engine.kernels.native import load_kernels
+from qlora_serve.serve.engine.large_pages import LARGE_PAGE
 from qlora_serve.serve.engine.pairs import (
     ResidentPair,
     for_kernels,
@@ -110,3 +113,15 @@ def test_what_one_call_cannot_lay_out_is_told() -> None:
         LoraPair(a, b, 1.0, b_bias=torch.randn(4)),
     ]
     assert not any(map(is_stored_plainly, others))
+
+
+def test_no_two_layers_of_the_cache_reach_a_large_page_together() -> None:
+    shape = LayerShape(2, 64, torch.float32, torch.device("cpu"), None)
+    cache = KvCache(dict.fromkeys(range(30), shape), [None], [128])  # 2 MB a layer
+    begins = sorted(store.data_ptr() % LARGE_PAGE for store in cache.layers.values())
+    begins.append(begins[0] + LARGE_PAGE)
+    apart = [later - earlier for earlier, later in pairwise(begins)]
+    assert min(apart) > LARGE_PAGE // 30 - 2 * ALIGNMENT
+    for number, store in cache.layers.items():
+        store.fill_(number)
+    assert all((store == number).all() for number, store in cache.layers.items())

@@ -164,7 +164,25 @@ def test_decoding_comes_before_prompts_and_long_prompts_are_cut() -> None:
     run_step(scheduler)
     scheduler.add(second)
     found = [(c.sequence, c.start, c.count, c.samples) for c in scheduler.schedule().chunks]
-    assert found == [(first, 3, 1, True), (second, 0, 7, False)]
+    # Nobody waits for the end of this step's prompt: half of the 7 tokens that are left.
+    assert found == [(first, 3, 1, True), (second, 0, 4, False)]
+
+
+def test_a_step_is_full_of_prompts_only_where_one_of_them_ends() -> None:
+    scheduler = Scheduler(Limits(4, 400, 80, 200, reuse_prefixes=False))
+    scheduler.add(sequence_of(1, 150, 5))
+    run_step(scheduler)
+    scheduler.add(sequence_of(2, 30, 5))
+    counts = []
+    for _ in range(3):
+        chunks = scheduler.schedule().chunks
+        counts.append([chunk.count for chunk in chunks])
+        for chunk in chunks:
+            scheduler.record(chunk)
+            if chunk.samples:
+                chunk.sequence.generated.append(7)
+    # The first step took 40 of the 150.
+    assert counts == [[50, 30], [60, 1], [1, 1]]
 
 
 def test_refusals_say_the_numbers() -> None:
@@ -226,12 +244,12 @@ def test_steps_take_fewer_tokens_of_a_long_prompt_the_further_it_is() -> None:
         scheduler.record(chunk)
         if samples:
             scheduler.remove(chunk.sequence)
-    assert counts[0] == 100
-    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 50
+    assert counts[:-2] == sorted(counts[:-2], reverse=True)
     assert sum(counts) == 3500
     costs, start = [], 0
     for count in counts[:-1]:
         costs.append(count * (1 + start / 1000))
         start += count
-    assert max(costs) <= 100
-    assert min(costs) > 90
+    assert max(costs) <= 50  # the prompt does not end in these
+    assert min(costs) > 40

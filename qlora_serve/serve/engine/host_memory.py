@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_serve.serve.engine.large_pages import LARGE_PAGE, map_large_pages
 
-_ALIGNMENT = 128  # two cache lines, which processors fetch together
+ALIGNMENT = 128  # two cache lines, which processors fetch together
 _CHUNK = 64 << 20
 
 
@@ -36,7 +36,7 @@ class Arena:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor with undefined (at first zero) content."""
         size = prod(shape) * dtype.itemsize
-        room = -(-size // _ALIGNMENT) * _ALIGNMENT
+        room = -(-size // ALIGNMENT) * ALIGNMENT
         if self._rest is None or self._rest.numel() < room:
             self._rest = huge_pages(max(room, self._chunk))
         taken, self._rest = self._rest[:size], self._rest[room:]

@@ -157,7 +157,8 @@ class Scheduler:
 
     Of the prompts that have begun, the shortest rest goes first (it ends soonest, which keeps the
     mean time to a first token low), but a quarter of the step always goes to the one that was
-    admitted first, so that a stream of short prompts cannot hold up a long one for ever.
+    admitted first, so that a stream of short prompts cannot hold up a long one for ever. A step in
+    which no prompt would end takes half as much of them: what comes meanwhile waits for its end.
     """
 
     def __init__(self, limits: Limits, adapters: AdapterSlots | None = None) -> None:
@@ -309,7 +310,11 @@ class Scheduler:
         # What a prompt's rest costs, in tokens at the beginning of one.
         factors = [self._cost(s) for s in prompts]
         needs = [math.ceil(rest * factor) for rest, factor in zip(rests, factors, strict=True)]
-        shares = split_budget(self.limits.step_tokens - len(decoding), needs)
+        budget = self.limits.step_tokens - len(decoding)
+        if needs and min(needs) > budget:
+            # No prompt ends in this step: only those wait for it who come while it runs.
+            budget = math.ceil(budget / 2)
+        shares = split_budget(budget, needs)
         counts = dict.fromkeys(decoding, 1)
         for s, rest, share, factor in zip(prompts, rests, shares, factors, strict=True):
             if share:
