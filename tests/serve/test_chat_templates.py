@@ -51,7 +51,9 @@ def served(tmp_path_factory):
     file = base / "chat_template.jinja"
     file.write_text(_asking(file.read_text()))
     service = build_service(ServeSettings(base=str(base)))
-    service.base.templates._seconds = 0.5
+    # The memory for some of these takes as long to come as the machine likes.
+    service.base.templates._seconds = 60.0
+    service.base.templates.close()
     with serving(service) as url:
         yield service, httpx.Client(base_url=url, timeout=120)
 
@@ -61,8 +63,13 @@ def _chat(content: str, **more) -> dict:
 
 
 @pytest.mark.parametrize("name", HARM)
-def test_a_request_on_which_the_bases_template_does_harm_is_refused(served, name) -> None:
-    _, http = served
+def test_a_request_on_which_the_bases_template_does_harm_is_refused(
+    served, name, monkeypatch
+) -> None:
+    service, http = served
+    if "did not end" in SAID[name]:
+        monkeypatch.setattr(service.base.templates, "_seconds", 0.5)
+        service.base.templates.close()  # the next one has this limit
     fine = http.post("/v1/chat/completions", json=_chat("hello", temperature=0)).json()
     refused = http.post("/v1/chat/completions", json=_chat(name, stream=name == "pads"))
     assert refused.status_code == 400, refused.text
@@ -71,6 +78,8 @@ def test_a_request_on_which_the_bases_template_does_harm_is_refused(served, name
     assert (error["type"], error["param"]) == ("invalid_request_error", "messages")
     again = http.post("/v1/chat/completions", json=_chat("hello", temperature=0)).json()
     assert again["choices"] == fine["choices"]
+    if "did not end" in SAID[name]:
+        service.base.templates.close()
 
 
 def test_every_route_renders_within_the_limits(served) -> None:
