@@ -102,10 +102,7 @@ constexpr int kCodedRows = std::min(kPanelRows, 12), kFirstRows = std::min(kPane
 template <int BITS>
 void product(const float* x, int64_t rows, const Coded& w, Stream& stream, const float* bias, float* y, int64_t out,
              int64_t width) {
-  if (rows <= kCodedRows) {
-    stream.ask();
-    return coded_rows<kCodedRows, BITS, false>(x, rows, w, nullptr, bias, y, out, width);
-  }
+  if (rows <= kCodedRows) return coded_rows<kCodedRows, BITS, false>(x, rows, w, nullptr, bias, y, out, width);
   thread_local std::vector<float> panel;
   panel.resize(w.in * kPanel);
   // In halves while there are two: a few rows alone wait for the weights.

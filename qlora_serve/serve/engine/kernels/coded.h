@@ -23,8 +23,8 @@ struct Coded {
   }
 };
 
-// The outputs of one panel, `width` of them, for all rows; `bits` is 4 or 8. Meanwhile the memory is asked for what
-// `stream` holds.
+// The outputs of one panel, `width` of them, for all rows; `bits` is 4 or 8. While those beyond the first
+// few are computed, the memory is asked for what `stream` holds.
 void coded_product(const float* x, int64_t rows, const Coded& w, int64_t bits, Stream& stream, const float* bias,
                    float* y, int64_t out, int64_t width);
 

@@ -28,7 +28,7 @@ struct Job {
   std::vector<float*> lows;    // of each layer's groups, one after the other
   std::vector<LowItem> items;
 
-  void begin(const Linear* layers, int64_t count);
+  void begin(const Linear* its_layers, int64_t its_count);
   void compute_low(int64_t number) const;
   void compute_piece(int64_t number) const;
 
@@ -102,29 +102,24 @@ Stream Job::stream_for(int64_t number, const Place& place) const {
     const Coded panel = layer.codes.panel(at.first / kPanel, layer.bits);
     return {reinterpret_cast<const float*>(panel.codes), layer.in * layer.bits / 32};
   };
-  const Part own = weights(place);
+  // With few rows the memory has always something to do: it is asked for the updates first, and then for the panel
+  // itself and the beginning of the next, a little ahead. Products of more rows take longer than reading, which has
+  // time for all that the next piece needs.
+  const bool is_few = layer.rows <= kPanelRows;
+  const Part own = weights(place), following = next.layer ? weights(next) : Part{nullptr, 0};
   const int64_t near = std::min(own.steps, kAhead);
   Stream stream;
-  if (layer.rows <= kPanelRows) {
-    // The memory has always something to do. It is asked for the updates first, and then for the panel itself and the
-    // beginning of the next, a little ahead.
+  if (is_few || asked != own.at) {
     fetch_updates(layer.groups, layer.count, place.first, std::min(place.first + kPanel, layer.out));
-    if (layer.kind == Linear::kPanels) {
-      stream.add(own.at + near * kPanel, own.steps - near);
-      if (next.layer) stream.add(weights(next).at, std::min(weights(next).steps, kAhead));
-    }
-    return stream;
+    // Codes are read before the stream is: by the first rows.
+    if (layer.kind == Linear::kPanels) stream.add(own.at + near * kPanel, own.steps - near);
   }
-  // Products take longer than the memory, which has time for what the next piece needs.
-  if (asked != own.at) {
-    fetch_updates(layer.groups, layer.count, place.first, std::min(place.first + kPanel, layer.out));
-    stream.add(own.at + near * kPanel, own.steps - near);
-  }
-  if (next.layer) {
-    const Part part = weights(next);
-    stream.add(part.at, part.steps);
+  if (is_few) {
+    if (layer.kind == Linear::kPanels) stream.add(following.at, std::min(following.steps, kAhead));
+  } else if (next.layer) {
+    stream.add(following.at, following.steps);
     stream.add_updates(next.layer->groups, next.layer->count, next.first);
-    asked = part.at;
+    asked = following.at;
   }
   return stream;
 }

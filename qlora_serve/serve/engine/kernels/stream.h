@@ -64,4 +64,3 @@ class Stream {
   const AdapterRows *group_ = nullptr, *last_ = nullptr;
   int64_t first_ = 0, all_ = 0;
 };
-
